@@ -1,0 +1,1 @@
+"""How the ranks of one job agree: the protocol in `base`, over a store of our own or alone."""

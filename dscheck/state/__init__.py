@@ -1,0 +1,1 @@
+"""The live state: modules, optimizers, tensors and plain objects, flattened by global name and put back in place."""

@@ -1,0 +1,1 @@
+"""Where the bytes go: the protocol in `base`, one module a medium."""

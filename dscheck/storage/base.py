@@ -1,0 +1,65 @@
+"""What dscheck asks of a storage: six verbs over keys below one root. Implementations know bytes, never tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object as a listing shows it."""
+
+    key: str
+    size: int
+
+
+class ObjectWriter(Protocol):
+    """One new object while it is written. Leaving it uncommitted leaves nothing that a reader could take for whole."""
+
+    def write(self, data: Buffer) -> None:
+        """Append all bytes of `data`, which the caller may reuse when this returns. A short write raises StorageError."""
+
+    def commit(self) -> int:
+        """Make the object and every directory above it durable and return its size in bytes. A failure here is final."""
+
+    def abort(self) -> None:
+        """Give up: close, and drop what a store would keep unseen (an unfinished upload). Never raises; idempotent."""
+
+
+@runtime_checkable
+class Storage(Protocol):
+    """Objects below one root, named by relative keys (`records/300-2.json`).
+
+    All methods may be called from any thread. Failures raise StorageError with `url` and `key`; a key that is not there
+    raises CheckpointNotFoundError. Keys with a part that begins with a dot never show in `list` (docs/format.md F2).
+    """
+
+    @property
+    def url(self) -> str:
+        """The root as a user would write it, without credentials."""
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Create `key` with exactly `data`, durably and atomically; False, changing nothing, when it already exists.
+
+        A reader sees the whole object or none. After an error the outcome is unknown: the caller reads back.
+        """
+
+    def create(self, key: str) -> ObjectWriter:
+        """Start a new large object. Raises StorageError when `key` already exists: no object is ever overwritten."""
+
+    def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+        """Bytes [offset, offset + length) of `key`, or to its end. Raises CorruptCheckpointError when it is shorter."""
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
+        """Fill all of `buffer` (contiguous, writable, bytes) from `offset`. Raises as `read` does."""
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """Every object whose key starts with `prefix` (a folder with its slash), in any order; none is no error."""
+
+    def delete(self, key: str) -> None:
+        """Remove `key`, durably; one that is not there is no error."""
