@@ -1,0 +1,44 @@
+"""`import dscheck` is cheap, and offers every public name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import dscheck
+import dscheck.errors
+
+HEAVY = {"torch", "pyarrow", "numpy", "fsspec"}
+
+
+def test_import_loads_no_heavy_module() -> None:
+    code = "import sys, dscheck; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert HEAVY.isdisjoint(printed.split())
+
+
+def test_every_error_is_a_public_name() -> None:
+    errors = {
+        name
+        for name, value in vars(dscheck.errors).items()
+        if isinstance(value, type) and issubclass(value, dscheck.DscheckError)
+    }
+    assert errors <= set(dscheck.__all__)
+
+
+def test_lazy_names_are_announced() -> None:
+    assert set(dscheck._LAZY) <= set(dscheck.__all__) <= set(dir(dscheck))
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'checkpoint'"):
+        _ = dscheck.checkpoint
+
+
+def test_version_is_that_of_the_project() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert dscheck.__version__ == project["version"]
