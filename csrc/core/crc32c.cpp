@@ -91,8 +91,12 @@ DSCHECK_TARGET_SSE42 std::uint64_t carryless_product(std::uint64_t a, std::uint3
 }
 
 // The crc32 instruction takes 3 cycles and one can start per cycle, so three independent lanes keep it busy.
-template <std::size_t kLaneBytes>
-DSCHECK_TARGET_SSE42 std::uint64_t append_lanes(std::uint64_t crc, const std::byte*& p, std::size_t& n) {
+// Short lanes stay one stream to the prefetcher. On Zen 4, from memory / from L2, GB/s: 256 bytes 22 / 24,
+// 512 bytes 6.5 / 27, 4096 bytes 14 / 29.
+constexpr std::size_t kLaneBytes = 256;
+
+DSCHECK_TARGET_SSE42 std::uint32_t append_sse42(std::uint32_t value, const std::byte* p, std::size_t n) {
+  std::uint64_t crc = value;
   for (; n >= 3 * kLaneBytes; p += 3 * kLaneBytes, n -= 3 * kLaneBytes) {
     std::uint64_t first = crc, second = 0, third = 0;
     for (std::size_t i = 0; i < kLaneBytes; i += 8) {
@@ -104,16 +108,10 @@ DSCHECK_TARGET_SSE42 std::uint64_t append_lanes(std::uint64_t crc, const std::by
     constexpr std::uint32_t by_one = shift_factor(kLaneBytes);
     crc = third ^ _mm_crc32_u64(0, carryless_product(first, by_two) ^ carryless_product(second, by_one));
   }
-  return crc;
-}
-
-DSCHECK_TARGET_SSE42 std::uint32_t append_sse42(std::uint32_t crc, const std::byte* p, std::size_t n) {
-  std::uint64_t wide = append_lanes<4096>(crc, p, n);
-  wide = append_lanes<256>(wide, p, n);
-  for (; n >= 8; p += 8, n -= 8) wide = _mm_crc32_u64(wide, load_little_endian(p));
-  crc = static_cast<std::uint32_t>(wide);
-  for (; n > 0; ++p, --n) crc = _mm_crc32_u8(crc, static_cast<unsigned char>(*p));
-  return crc;
+  for (; n >= 8; p += 8, n -= 8) crc = _mm_crc32_u64(crc, load_little_endian(p));
+  value = static_cast<std::uint32_t>(crc);
+  for (; n > 0; ++p, --n) value = _mm_crc32_u8(value, static_cast<unsigned char>(*p));
+  return value;
 }
 
 #endif

@@ -23,8 +23,8 @@ BOTH = pytest.mark.parametrize("crc", PATHS)
 CHECK = b"123456789"
 CHECK_CRC = 0xE3069283
 
-# Long enough for several rounds of the longest lanes (3 x 4 KiB) and a tail of each other kind.
-NOISE = np.random.default_rng(20).integers(0, 256, 40_000, dtype=np.uint8).tobytes()
+# Long enough for several rounds of three lanes of 256 bytes and each kind of tail.
+NOISE = np.random.default_rng(20).integers(0, 256, 10_000, dtype=np.uint8).tobytes()
 
 
 def _table_entry(byte: int) -> int:
@@ -62,8 +62,7 @@ def test_published_vectors(crc: Crc, data: bytes, expected: int) -> None:
 @BOTH
 @given(start=st.integers(0, 64), size=st.integers(0, len(NOISE) - 64), value=st.integers(0, 2**32 - 1))
 @example(start=1, size=3 * 256, value=0)
-@example(start=7, size=3 * 4096, value=1)
-@example(start=3, size=6 * 4096 + 3 * 256 + 8 + 7, value=2**32 - 1)
+@example(start=3, size=6 * 256 + 8 + 7, value=2**32 - 1)
 def test_equals_the_twin_at_any_length_and_alignment(crc: Crc, start: int, size: int, value: int) -> None:
     piece = memoryview(NOISE)[start : start + size]
     assert crc(piece, value) == twin(bytes(piece), value)
@@ -80,14 +79,14 @@ def test_continuation_equals_one_call(crc: Crc, cuts: list[int]) -> None:
 
 
 @BOTH
-@given(bit=st.integers(0, 8 * 30_000 - 1))
+@given(bit=st.integers(0, 8 * len(NOISE) - 1))
 def test_any_single_flipped_bit_changes_the_crc(crc: Crc, bit: int) -> None:
-    damaged = bytearray(NOISE[:30_000])
+    damaged = bytearray(NOISE)
     damaged[bit // 8] ^= 1 << (bit % 8)
-    assert crc(damaged) != crc(NOISE[:30_000])
+    assert crc(damaged) != crc(NOISE)
 
 
-@given(size=st.integers(0, 20_000), block_bytes=st.integers(1, 25_000))
+@given(size=st.integers(0, len(NOISE)), block_bytes=st.integers(1, 12_000))
 @example(size=8192, block_bytes=4096)
 @example(size=8193, block_bytes=4096)
 def test_blocks_are_the_crcs_of_their_slices(size: int, block_bytes: int) -> None:
