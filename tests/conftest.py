@@ -3,3 +3,19 @@ import os
 # Ranks run as threads and processes on a few cores here: torch's own thread pools would only oversubscribe them.
 # Set before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from hypothesis import settings
+
+# Wall-clock deadlines fail on a busy machine; a CI run draws the same examples each time.
+settings.register_profile("dscheck", deadline=None, print_blob=True, derandomize="CI" in os.environ)
+settings.load_profile("dscheck")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")

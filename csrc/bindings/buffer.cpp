@@ -36,8 +36,8 @@ void require_host_bytes(const nb::ndarray<nb::ro>& array, nb::handle object) {
 
 ByteView::ByteView(nb::handle object) {
   if (!nb::try_cast(object, array_, false)) {
-    refuse(nb::type_error, "expected a buffer of uint8 (bytes, memoryview, mmap, array or host tensor), got a " +
-                           kind_of(object));
+    refuse(nb::type_error,
+           "expected a buffer of uint8 (bytes, memoryview, mmap, array or host tensor), got a " + kind_of(object));
   }
   require_host_bytes(array_, object);
   bytes_ = {static_cast<const std::byte*>(array_.data()), array_.size()};

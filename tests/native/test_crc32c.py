@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_equals_the_twin_at_any_length_and_alignment(crc: Crc, start: int, size:
 def test_continuation_equals_one_call(crc: Crc, cuts: list[int]) -> None:
     edges = [0, *sorted(cuts), len(NOISE)]
     value = 0
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         value = crc(NOISE[start:stop], value)
     assert value == crc(NOISE)
 

@@ -1,0 +1,44 @@
+# Needs Python 3.11 or newer, a C++20 compiler and a package index; everything else is installed into .venv.
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BIN := .venv/bin
+READY := .venv/.ready
+NATIVE := CMakeLists.txt $(shell find csrc -type f)
+
+# The first pins what runs, for old pips also what builds; new pips want the second for that.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test check format bench clean
+
+demo: $(READY)
+	$(BIN)/python -m benchmarks.demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict dscheck
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(NATIVE))
+	$(MAKE) test
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE))
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+
+# Editable: Python files are read in place, so only the build's own inputs make it stale.
+$(READY): pyproject.toml constraints.txt $(NATIVE)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e '.[test,dev]'
+	touch $@
