@@ -1,0 +1,198 @@
+"""The plan: which tensors a step has, in which fragments, who wrote each, where, and who held what."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from dscheck.errors import LayoutError
+from dscheck.layout.region import Region
+from dscheck.manifest.dtypes import ITEMSIZE
+from dscheck.manifest.keys import LARGEST
+from dscheck.manifest.place import alignment_of, block_count
+
+MAX_NDIM = 64
+MAX_BLOCK_BYTES = 1 << 30
+MAX_INDEX = 2**31 - 1
+"""Rows of a table, ranks and list items are counted in an int32."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRow:
+    """One global tensor. `aliases`, sorted, are further names of the same tensor (tied parameters)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.name, *self.aliases)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """The bytes of one non-empty region as stored: `nbytes`, before any codec, at `offset` of rank `writer`'s data file.
+
+    `tensor` and `holders` are indices into the plan's tensors and holder sets. Its blocks are those of the writer's file
+    from `first_block` on.
+    """
+
+    tensor: int
+    region: Region
+    writer: int
+    offset: int
+    nbytes: int
+    first_block: int
+    holders: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankRow:
+    """One rank of the job that saved: its host, and its coordinate on each named dimension of its mesh."""
+
+    rank: int
+    host: str
+    mesh: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The map of a step: tensors by name, fragments by tensor and start, ranks by number, and sets of holders."""
+
+    tensors: tuple[TensorRow, ...]
+    fragments: tuple[Fragment, ...]
+    ranks: tuple[RankRow, ...]
+    holders: tuple[tuple[int, ...], ...]
+    block_bytes: int
+
+    def fragments_of(self, tensor: int) -> tuple[Fragment, ...]:
+        """The fragments of the tensor with this index, by start."""
+        first = bisect_left(self.fragments, tensor, key=_tensor_of)
+        return self.fragments[first : bisect_left(self.fragments, tensor + 1, lo=first, key=_tensor_of)]
+
+    def index(self) -> dict[str, int]:
+        """The tensor's index by every name that it has."""
+        return {name: i for i, tensor in enumerate(self.tensors) for name in tensor.names}
+
+    def blocks_of(self, writer: int) -> int:
+        """How many checksum blocks the data file of `writer` has."""
+        return sum(block_count(f.nbytes, self.block_bytes) for f in self.fragments if f.writer == writer)
+
+    def validate(self) -> None:
+        """Raises LayoutError unless every row agrees with all others. That fragments tile their tensor is not looked at."""
+        if not 1 <= self.block_bytes <= MAX_BLOCK_BYTES:
+            raise LayoutError(f"a block has 1 to {MAX_BLOCK_BYTES} bytes, not {self.block_bytes}")
+        _check_tensors(self.tensors)
+        _check_ranks(self.ranks)
+        for members in self.holders:
+            _check_holders(members, len(self.ranks))
+        self._check_fragments()
+        self._check_files()
+
+    def _check_fragments(self) -> None:
+        holds = [frozenset(members) for members in self.holders]
+        before: tuple[int, tuple[int, ...]] = (-1, ())
+        for fragment in self.fragments:
+            if not (0 <= fragment.tensor < len(self.tensors) and 0 <= fragment.holders < len(holds)):
+                raise LayoutError(
+                    f"a fragment names tensor {fragment.tensor} and holder set {fragment.holders}: no such row"
+                )
+            tensor = self.tensors[fragment.tensor]
+            _check_region(tensor, fragment)
+            if fragment.writer not in holds[fragment.holders]:
+                raise LayoutError(
+                    f"{_at(tensor, fragment)} is written by rank {fragment.writer}, which does not hold it"
+                )
+            place = (fragment.tensor, fragment.region.start)
+            if place <= before:
+                raise LayoutError(f"{_at(tensor, fragment)} is out of order, or begins where another one does")
+            before = place
+
+    def _check_files(self) -> None:
+        """In each data file fragments are aligned, do not overlap, and their blocks are counted in the order of offsets."""
+        ends: dict[int, tuple[int, int]] = {}
+        for fragment in sorted(self.fragments, key=_offset_of):
+            end, blocks = ends.get(fragment.writer, (0, 0))
+            if fragment.offset < end or fragment.offset % alignment_of(fragment.nbytes):
+                tensor = self.tensors[fragment.tensor]
+                raise LayoutError(
+                    f"{_at(tensor, fragment)} at {fragment.offset} overlaps another one, or is not aligned"
+                )
+            if fragment.first_block != blocks:
+                tensor = self.tensors[fragment.tensor]
+                raise LayoutError(f"{_at(tensor, fragment)} has first block {fragment.first_block}, {blocks} expected")
+            ends[fragment.writer] = (
+                fragment.offset + fragment.nbytes,
+                blocks + block_count(fragment.nbytes, self.block_bytes),
+            )
+        if any(end > LARGEST for end, _ in ends.values()):
+            raise LayoutError("a data file ends beyond 2**63 bytes")
+
+
+def _tensor_of(fragment: Fragment) -> int:
+    return fragment.tensor
+
+
+def _offset_of(fragment: Fragment) -> int:
+    return fragment.offset
+
+
+def _at(tensor: TensorRow, fragment: Fragment) -> str:
+    return f"fragment '{tensor.name}' {fragment.region}"
+
+
+def _check_tensors(tensors: tuple[TensorRow, ...]) -> None:
+    for tensor in tensors:
+        if tensor.dtype not in ITEMSIZE:
+            raise LayoutError(f"tensor '{tensor.name}' has the unknown dtype {tensor.dtype!r}")
+        if len(tensor.shape) > MAX_NDIM or any(not 0 <= size <= LARGEST for size in tensor.shape):
+            raise LayoutError(f"tensor '{tensor.name}' has the impossible shape {tensor.shape}")
+        # Zeros left out: a reader may multiply in any order without overflow.
+        if math.prod(size or 1 for size in tensor.shape) * ITEMSIZE[tensor.dtype] > LARGEST:
+            raise LayoutError(f"tensor '{tensor.name}' of shape {tensor.shape} exceeds 2**63 bytes")
+        _check_ascending(f"aliases of tensor '{tensor.name}'", tensor.aliases)
+    _check_ascending("tensors", [tensor.name for tensor in tensors])
+    names = [name for tensor in tensors for name in tensor.names]
+    if "" in names:
+        raise LayoutError("a tensor has an empty name")
+    if len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})[:3]
+        raise LayoutError(f"the names {twice} belong to two tensors")
+
+
+def _check_ascending(what: str, names: Iterable[str]) -> None:
+    for before, name in pairwise(names):
+        if before >= name:
+            raise LayoutError(f"{what} are not in ascending order: {name!r} after {before!r}")
+
+
+def _check_ranks(ranks: tuple[RankRow, ...]) -> None:
+    for number, row in enumerate(ranks):
+        if row.rank != number:
+            raise LayoutError(f"row {number} of the ranks is rank {row.rank}")
+        names = [name for name, _ in row.mesh]
+        if len(set(names)) != len(names) or any(not 0 <= at <= MAX_INDEX for _, at in row.mesh):
+            raise LayoutError(f"rank {number} has the impossible mesh coordinate {row.mesh}")
+
+
+def _check_holders(members: tuple[int, ...], ranks: int) -> None:
+    ascending = all(before < member for before, member in pairwise(members))
+    if not members or not ascending or members[0] < 0 or members[-1] >= ranks:
+        raise LayoutError(f"the holder set {members} is not an ascending set of the {ranks} ranks")
+
+
+def _check_region(tensor: TensorRow, fragment: Fragment) -> None:
+    region = fragment.region
+    if region.ndim != len(tensor.shape) or any(map(int.__gt__, region.stop, tensor.shape)):
+        raise LayoutError(f"{_at(tensor, fragment)} lies outside shape {tensor.shape}")
+    if not 0 < fragment.nbytes == region.numel * ITEMSIZE[tensor.dtype]:
+        raise LayoutError(f"{_at(tensor, fragment)} of dtype {tensor.dtype} has {fragment.nbytes} bytes")

@@ -1,0 +1,242 @@
+"""Terms, records and tombstones: the small sealed objects that decide which steps exist (C1, C2, C15)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dscheck.errors import CorruptCheckpointError, UnsupportedFormatError
+from dscheck.manifest.keys import LARGEST, parse_record_key, parse_term_key
+from dscheck.manifest.text import seal, unseal
+
+VERSION = 1
+_HEX = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """One object by its size in bytes and the SHA-256 of its bytes, in lower-case hex."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a step consists of; `bytes` are those of all fragments before any codec."""
+
+    tensors: int
+    fragments: int
+    ranks: int
+    blocks: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One job's claim on a root. `parent` is the (term, step) that it continues from, None for a fresh start.
+
+    `id` is this claim's own; `run` the id of the root's first term. `time`: seconds since 1970, by the claimant's clock.
+    """
+
+    term: int
+    id: str
+    run: str
+    parent: tuple[int, int] | None
+    host: str
+    time: float
+
+    def encode(self) -> bytes:
+        """The text of `terms/<term>.json`."""
+        return _encode("term", asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """That step `step` exists, as the job of term `term` wrote it. `id` is this attempt's own, to recognise a lost answer.
+
+    `started` and `committed`: seconds since 1970, by the coordinator's clock. `versions`: what wrote it, for people.
+    """
+
+    step: int
+    term: int
+    term_id: str
+    plan: Digest
+    files: Digest
+    counts: Counts
+    versions: Mapping[str, str]
+    started: float
+    committed: float
+    id: str
+
+    def encode(self) -> bytes:
+        """The text of `records/<step>-<term>.json`."""
+        return _encode("record", asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """That this attempt of `step` will never exist: its record's name is taken, `by` whom and when."""
+
+    step: int
+    term: int
+    by: str
+    time: float
+
+    def encode(self) -> bytes:
+        """The text of `records/<step>-<term>.json`."""
+        return _encode("tombstone", asdict(self))
+
+
+def decode_term(data: bytes, key: str) -> Term:
+    """The term in the object `key`. Raises CorruptCheckpointError, or UnsupportedFormatError for another version's."""
+    fields = Fields(unseal(data, key), key)
+    fields.envelope("term")
+    term = Term(
+        term=fields.count("term"),
+        id=fields.text("id"),
+        run=fields.text("run"),
+        parent=_parent(fields),
+        host=fields.text("host"),
+        time=fields.number("time"),
+    )
+    if parse_term_key(key) != term.term:
+        raise fields.corrupt("term", f"is {term.term}, the object's name says another")
+    return term
+
+
+def decode_record(data: bytes, key: str) -> Record | Tombstone:
+    """What the object `key` holds. Raises CorruptCheckpointError, or UnsupportedFormatError for another version's."""
+    fields = Fields(unseal(data, key), key)
+    kind = fields.envelope("record", "tombstone")
+    found: Record | Tombstone
+    if kind == "tombstone":
+        found = Tombstone(fields.count("step"), fields.count("term"), fields.text("by"), fields.number("time"))
+    else:
+        found = _record(fields)
+    if parse_record_key(key) != (found.step, found.term):
+        raise fields.corrupt("step", f"is {found.step} of term {found.term}, the object's name says another")
+    return found
+
+
+def _record(fields: Fields) -> Record:
+    counts = fields.fields("counts")
+    return Record(
+        step=fields.count("step"),
+        term=fields.count("term"),
+        term_id=fields.text("term_id"),
+        plan=_digest(fields.fields("plan")),
+        files=_digest(fields.fields("files")),
+        counts=Counts(**{name: counts.count(name) for name in Counts.__dataclass_fields__}),
+        versions=fields.texts("versions"),
+        started=fields.number("started"),
+        committed=fields.number("committed"),
+        id=fields.text("id"),
+    )
+
+
+def _digest(fields: Fields) -> Digest:
+    return Digest(fields.count("size"), fields.sha256("sha256"))
+
+
+def _parent(fields: Fields) -> tuple[int, int] | None:
+    if fields.get("parent") is None:
+        return None
+    parent = fields.fields("parent")
+    term, step = parent.count("term"), parent.count("step")
+    if term >= fields.count("term"):
+        raise fields.corrupt("parent", f"is term {term}, one below {fields.count('term')} expected")
+    return term, step
+
+
+def _encode(kind: str, body: dict[str, Any]) -> bytes:
+    if kind == "term" and body["parent"] is not None:
+        body["parent"] = dict(zip(("term", "step"), body["parent"], strict=True))
+    return seal({"version": VERSION, "requires": [], "kind": kind, **body})
+
+
+class Fields:
+    """The members of one JSON object, each read with its type checked. Members that nobody asks for are ignored."""
+
+    def __init__(self, members: Mapping[str, Any], key: str, where: str = "") -> None:
+        self._members, self._key, self._where = members, key, where
+
+    def envelope(self, *kinds: str) -> str:
+        """The object's kind, once its version and requirements are known to be ours."""
+        version, requires = self.get("version"), self.get("requires")
+        if type(version) is not int or type(requires) is not list:
+            raise self.corrupt("version", "and 'requires' are not a number and a list")
+        if version != VERSION or requires:
+            raise UnsupportedFormatError(
+                f"'{self._key}' has format version {version} and requires {requires}; this dscheck reads version "
+                f"{VERSION} without extensions: use a newer one",
+                key=self._key,
+                version=version,
+                requires=requires,
+            )
+        kind = self.text("kind")
+        if kind not in kinds:
+            raise self.corrupt("kind", f"is {kind!r}, {' or '.join(kinds)} expected")
+        return kind
+
+    def get(self, name: str) -> Any:
+        """The member as it is. Raises CorruptCheckpointError, as all methods do, when it is not there."""
+        if name not in self._members:
+            raise self.corrupt(name, "is missing")
+        return self._members[name]
+
+    def count(self, name: str) -> int:
+        """An integer from 0 to 2**63 - 1."""
+        value = self.get(name)
+        if type(value) is not int or not 0 <= value <= LARGEST:
+            raise self.corrupt(name, f"is {_short(value)}, an integer from 0 to {LARGEST} expected")
+        return value
+
+    def number(self, name: str) -> float:
+        """A finite number."""
+        value = self.get(name)
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise self.corrupt(name, f"is {_short(value)}, a number expected")
+        return float(value)
+
+    def text(self, name: str) -> str:
+        value = self.get(name)
+        if type(value) is not str:
+            raise self.corrupt(name, f"is {_short(value)}, a string expected")
+        return value
+
+    def texts(self, name: str) -> dict[str, str]:
+        """An object whose members are all strings."""
+        value = self.get(name)
+        if type(value) is not dict or any(type(text) is not str for text in value.values()):
+            raise self.corrupt(name, f"is {_short(value)}, an object of strings expected")
+        return value
+
+    def sha256(self, name: str) -> str:
+        """64 lower-case hex digits."""
+        value = self.text(name)
+        if not _HEX.fullmatch(value):
+            raise self.corrupt(name, f"is {_short(value)}, 64 hex digits expected")
+        return value
+
+    def fields(self, name: str) -> Fields:
+        """A nested object, to be read the same way."""
+        value = self.get(name)
+        if type(value) is not dict:
+            raise self.corrupt(name, f"is {_short(value)}, an object expected")
+        return Fields(value, self._key, f"{self._where}{name}.")
+
+    def corrupt(self, name: str, what: str) -> CorruptCheckpointError:
+        return CorruptCheckpointError(
+            f"'{self._where}{name}' in '{self._key}' {what}; the object is damaged, or was not written by dscheck: "
+            "run `dscheck verify`",
+            key=self._key,
+        )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
