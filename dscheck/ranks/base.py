@@ -43,9 +43,10 @@ class Ranks(Protocol):
 
         `round` names the exchange once and for all in the life of the job ("save-7/plan"); `deadline` is on
         time.monotonic(); `phase` is what an error calls it ("plan of step 300").
-        Raises RankFailureError on every other rank when one posts Failed (at once: nobody waits for the rest) or when the
-        coordinator cannot be reached; the DscheckError that `decide` raised, with its type and fields, on all ranks;
-        DeadlineError with all absent ranks when the deadline passes. A rank that posted Failed gets RankFailureError too.
+        Raises RankFailureError on every other rank when one posts Failed (at once: nobody waits for the rest) or when
+        the coordinator cannot be reached; the DscheckError that `decide` raised, with its type and fields, on all
+        ranks; DeadlineError with all absent ranks when the deadline passes. A rank that posted Failed gets
+        RankFailureError too.
         """
 
     def close(self) -> None:
