@@ -22,10 +22,10 @@ class ObjectWriter(Protocol):
     """One new object while it is written. Leaving it uncommitted leaves nothing that a reader could take for whole."""
 
     def write(self, data: Buffer) -> None:
-        """Append all bytes of `data`, which the caller may reuse when this returns. A short write raises StorageError."""
+        """Append all bytes of `data`, which the caller may reuse when this returns. A short write is a StorageError."""
 
     def commit(self) -> int:
-        """Make the object and every directory above it durable and return its size in bytes. A failure here is final."""
+        """Make the object and every directory above it durable and return its size in bytes. A failure is final."""
 
     def abort(self) -> None:
         """Give up: close, and drop what a store would keep unseen (an unfinished upload). Never raises; idempotent."""

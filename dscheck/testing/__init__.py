@@ -1,1 +1,33 @@
-"""A kit for those who write plug-ins, and for our own tests: doubles that keep the contracts of the real ones."""
+"""The kit with which a back end, a commit or a job is tested: faults to inject, and facts that a back end inherits."""
+
+from __future__ import annotations
+
+from dscheck.testing.faults import (
+    Crash,
+    Fault,
+    Faulty,
+    Operation,
+    after,
+    amid,
+    before,
+    crash_after,
+    fail_at,
+    hang,
+    lost_answer,
+    slow,
+)
+
+__all__ = [
+    "Crash",
+    "Fault",
+    "Faulty",
+    "Operation",
+    "after",
+    "amid",
+    "before",
+    "crash_after",
+    "fail_at",
+    "hang",
+    "lost_answer",
+    "slow",
+]

@@ -1,0 +1,303 @@
+"""Objects as files below a directory of a POSIX file system: a local disk, NFS, Lustre."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from dscheck.errors import CheckpointNotFoundError, ConfigError, DscheckError, StorageError
+from dscheck.storage.base import Entry, ObjectWriter
+from dscheck.storage.durable import Directories, sync_directory
+from dscheck.storage.keys import check_key, check_prefix, check_range
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+# Non-blocking: a FIFO in the place of an object must not hang its reader.
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+_ADVICE = {
+    errno.ENOSPC: "free some space, or save to another root",
+    errno.EDQUOT: "the quota is used up: free some space, or save to another root",
+    errno.EACCES: "give the user of this job read and write permission below the root",
+    errno.EROFS: "mount the file system for writing, or save to another root",
+    errno.ELOOP: "no symbolic link is followed below a root: put the file itself there",
+    errno.EMFILE: "raise the limit of open files (`ulimit -n`)",
+}
+_NO_LINKS = "this file system makes no hard links, which publishing a record needs: choose another root"
+
+
+class LocalStorage:
+    """A Storage below the directory `root`, which the first write creates, with its parents.
+
+    Keys are paths relative to the root; no link below it is followed. Raises ConfigError when `root` is no directory.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        path = os.fspath(root)
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise ConfigError(f"{path!r} is no directory's path: give a non-empty text without NUL")
+        self.root = os.path.abspath(path)
+        if os.path.lexists(self.root) and not os.path.isdir(self.root):
+            raise ConfigError(f"'{self.root}' is not a directory: a root is a directory, or a path still to be created")
+        self._directories = Directories(self.root)
+
+    @property
+    def url(self) -> str:
+        return self.root
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        path = self._path(key)
+        with self._reporting("create", key):
+            self._directories.make(os.path.dirname(path))
+            temporary = _write_temporary(os.path.dirname(path), data)
+            try:
+                return _publish(temporary, path)
+            finally:
+                with suppress(OSError):
+                    os.unlink(temporary)
+
+    def create(self, key: str) -> ObjectWriter:
+        path = self._path(key)
+        with self._reporting("create", key):
+            self._directories.make(os.path.dirname(path))
+            return _FileWriter(self, key, path, os.open(path, _CREATE, 0o666))
+
+    def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+        with self._opened(key) as (fd, size):
+            check_range(self.url, key, offset, length, size)
+            stop = size if length is None else offset + length
+            pieces = []
+            while offset < stop:
+                # One call returns at most 2 GiB.
+                pieces.append(os.pread(fd, stop - offset, offset))
+                self._check_progress(key, offset, stop, len(pieces[-1]))
+                offset += len(pieces[-1])
+        return b"".join(pieces)
+
+    def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
+        with self._opened(key) as (fd, size):
+            stop = offset + buffer.nbytes
+            check_range(self.url, key, offset, buffer.nbytes, size)
+            while offset < stop:
+                count = os.preadv(fd, [buffer[offset - stop :]], offset)
+                self._check_progress(key, offset, stop, count)
+                offset += count
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        check_prefix(self.url, prefix)
+        with self._reporting("list", prefix):
+            folder = prefix.rpartition("/")[0]
+            path = os.path.join(self.root, folder) if folder else self.root
+            self._directories.check(path)
+            yield from _walk(path, f"{folder}/" if folder else "", prefix)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        # Synced in either case: the caller may be trying again what a failed sync or a crash left half done.
+        with self._reporting("delete", key), suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            sync_directory(os.path.dirname(path))
+
+    def _check_progress(self, key: str, offset: int, stop: int, count: int) -> None:
+        """Raises CorruptCheckpointError when a read met the end: the file has shrunk since its size was asked."""
+        if count == 0:
+            check_range(self.url, key, offset, stop - offset, size=offset)
+
+    def _path(self, key: str) -> str:
+        """The file of `key`. Raises StorageError for a key that is none, or that a link would lead elsewhere."""
+        check_key(self.url, key)
+        path = os.path.join(self.root, key)
+        with self._reporting("reach", key):
+            self._directories.check(os.path.dirname(path))
+        return path
+
+    @contextmanager
+    def _opened(self, key: str) -> Iterator[tuple[int, int]]:
+        """The file of `key`, open for reading, and its size in bytes."""
+        path = self._path(key)
+        with self._reporting("read", key):
+            try:
+                fd = os.open(path, _READ)
+            except FileNotFoundError as error:
+                raise CheckpointNotFoundError(f"there is no '{path}'", url=self.url, key=key) from error
+            try:
+                info = os.fstat(fd)
+                if not stat.S_ISREG(info.st_mode):
+                    raise OSError(errno.EINVAL, "it is not a regular file")
+                yield fd, info.st_size
+            finally:
+                os.close(fd)
+
+    @contextmanager
+    def _reporting(self, doing: str, key: str) -> Iterator[None]:
+        """An OSError inside is raised as a StorageError that says what failed, where, why and what to do."""
+        try:
+            yield
+        except DscheckError:
+            raise
+        except OSError as error:
+            advice = _ADVICE.get(error.errno or 0)
+            reason = (error.strerror or str(error)) + (f"; {advice}" if advice else "")
+            path = os.path.join(self.root, key)
+            raise StorageError(f"cannot {doing} '{path}': {reason}", url=self.url, key=key) from error
+
+
+class _FileWriter:
+    """One file under way, seen by readers from its creation on, as any POSIX file is."""
+
+    def __init__(self, storage: LocalStorage, key: str, path: str, fd: int) -> None:
+        self._storage, self._key, self._path = storage, key, path
+        self._fd: int | None = fd
+        self._born = os.fstat(fd)
+        self._size = 0
+        self._usable = True
+        self._committed = False
+
+    def write(self, data: Buffer) -> None:
+        with self._final("write to") as fd:
+            self._size += write_all(fd, memoryview(data))
+        self._usable = True
+
+    def commit(self) -> int:
+        with self._final("commit") as fd:
+            os.fsync(fd)
+            size = os.fstat(fd).st_size
+            if size != self._size:
+                raise OSError(errno.EIO, f"{self._size} bytes were written, and the file holds {size}")
+            self._close()
+            if not self._is_ours():
+                raise OSError(errno.ENOENT, "it was deleted while it was written")
+            sync_directory(os.path.dirname(self._path))
+            self._committed = True
+        return size
+
+    def abort(self) -> None:
+        self._usable = False
+        with suppress(OSError):
+            self._close()
+        with suppress(OSError):
+            if not self._committed and self._is_ours():
+                os.unlink(self._path)
+
+    def __del__(self) -> None:
+        with suppress(OSError):
+            self._close()
+
+    @contextmanager
+    def _final(self, doing: str) -> Iterator[int]:
+        """Run one step after which the writer is not usable, unless the step says so: a failure cannot be retried."""
+        if not self._usable or self._fd is None:
+            message = f"cannot {doing} '{self._path}': it was committed, given up, or failed before"
+            raise StorageError(message, url=self._storage.url, key=self._key)
+        self._usable = False
+        with self._storage._reporting(doing, self._key):
+            yield self._fd
+
+    def _close(self) -> None:
+        # Linux frees the number even when close fails: never close it twice.
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.path.samestat(os.lstat(self._path), self._born)
+        except FileNotFoundError:
+            return False
+
+
+def write_all(fd: int, data: memoryview) -> int:
+    """All bytes of `data` (contiguous) are written, in as many calls as it takes; their number. Raises OSError."""
+    rest = data.cast("B") if data.nbytes else memoryview(b"")
+    while rest:
+        count = os.write(fd, rest)
+        if count <= 0:
+            raise OSError(errno.EIO, f"the last {len(rest)} of {data.nbytes} bytes could not be written")
+        rest = rest[count:]
+    return data.nbytes
+
+
+def _write_temporary(folder: str, data: bytes) -> str:
+    """A synced file with `data` in `folder`, under a name that no listing shows. Leaves none when it raises."""
+    path = os.path.join(folder, f".put-{uuid.uuid4().hex}")
+    fd = os.open(path, _CREATE, 0o666)
+    try:
+        try:
+            write_all(fd, memoryview(data))
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(path)
+        raise
+    return path
+
+
+def _publish(temporary: str, path: str) -> bool:
+    """`path` durably names the file `temporary`; False when another file had the name before."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        # Over NFS the first answer may be lost and the repeated call be refused: which file is there decides.
+        if not _same_file(temporary, path):
+            return _lost(error, path)
+    try:
+        sync_directory(os.path.dirname(path))
+    except OSError:
+        # Left in place it would be read back and taken for durable.
+        with suppress(OSError):
+            os.unlink(path)
+        raise
+    return True
+
+
+def _lost(error: OSError, path: str) -> bool:
+    if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+        raise OSError(error.errno, f"{error.strerror}; {_NO_LINKS}") from error
+    if not isinstance(error, FileExistsError):
+        raise error
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, "something that is not a file has this name") from error
+    return False
+
+
+def _same_file(one: str, other: str) -> bool:
+    # Inodes, not the link count: a backup that hard-links the directory raises the count as well.
+    try:
+        return os.path.samestat(os.lstat(one), os.lstat(other))
+    except OSError:
+        return False
+
+
+def _walk(path: str, base: str, prefix: str) -> Iterator[Entry]:
+    """The files below `path`, whose keys begin with `base`; only those whose keys begin with `prefix`."""
+    try:
+        with os.scandir(path) as found:
+            names = [entry for entry in found if not entry.name.startswith(".")]
+    except FileNotFoundError:
+        return
+    for entry in names:
+        key = base + entry.name
+        try:
+            info = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            # Deleted since the directory was read.
+            continue
+        if stat.S_ISDIR(info.st_mode):
+            if f"{key}/".startswith(prefix):
+                yield from _walk(entry.path, f"{key}/", prefix)
+        elif key.startswith(prefix):
+            if not stat.S_ISREG(info.st_mode):
+                # Passed over, a linked record would make its step "not there" (C15).
+                raise OSError(errno.EINVAL, f"'{key}' is neither a file nor a directory")
+            yield Entry(key, info.st_size)
