@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,7 +13,8 @@ from dscheck.errors import LayoutError
 from dscheck.layout.region import Region
 from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.manifest.keys import LARGEST
-from dscheck.manifest.place import alignment_of, block_count
+from dscheck.manifest.place import block_count
+from dscheck.manifest.rules import check_fragments
 
 MAX_NDIM = 64
 MAX_BLOCK_BYTES = 1 << 30
@@ -40,10 +42,10 @@ class TensorRow:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """The bytes of one non-empty region as stored: `nbytes`, before any codec, at `offset` of rank `writer`'s data file.
+    """The bytes of one non-empty region as stored: `nbytes` before any codec, at `offset` of rank `writer`'s data file.
 
-    `tensor` and `holders` are indices into the plan's tensors and holder sets. Its blocks are those of the writer's file
-    from `first_block` on.
+    `tensor` and `holders` are indices into the plan's tensors and holder sets. Its blocks are those of the writer's
+    file from `first_block` on.
     """
 
     tensor: int
@@ -83,71 +85,42 @@ class Plan:
         """The tensor's index by every name that it has."""
         return {name: i for i, tensor in enumerate(self.tensors) for name in tensor.names}
 
-    def blocks_of(self, writer: int) -> int:
-        """How many checksum blocks the data file of `writer` has."""
-        return sum(block_count(f.nbytes, self.block_bytes) for f in self.fragments if f.writer == writer)
+    def file_ends(self) -> list[tuple[int, int]]:
+        """Of each rank's data file: where its last fragment ends, in bytes, and how many checksum blocks it has."""
+        ends = [(0, 0)] * len(self.ranks)
+        for fragment in self.fragments:
+            end, blocks = ends[fragment.writer]
+            ends[fragment.writer] = (
+                max(end, fragment.offset + fragment.nbytes),
+                blocks + block_count(fragment.nbytes, self.block_bytes),
+            )
+        return ends
 
     def validate(self) -> None:
-        """Raises LayoutError unless every row agrees with all others. That fragments tile their tensor is not looked at."""
+        """Raises LayoutError unless every row agrees with all others; whether fragments tile tensors is not asked."""
         if not 1 <= self.block_bytes <= MAX_BLOCK_BYTES:
             raise LayoutError(f"a block has 1 to {MAX_BLOCK_BYTES} bytes, not {self.block_bytes}")
         _check_tensors(self.tensors)
         _check_ranks(self.ranks)
         for members in self.holders:
             _check_holders(members, len(self.ranks))
-        self._check_fragments()
-        self._check_files()
+        check_fragments(
+            self.fragments,
+            [tensor.shape for tensor in self.tensors],
+            [ITEMSIZE[tensor.dtype] for tensor in self.tensors],
+            self.holders,
+            self.block_bytes,
+            self._at,
+        )
 
-    def _check_fragments(self) -> None:
-        holds = [frozenset(members) for members in self.holders]
-        before: tuple[int, tuple[int, ...]] = (-1, ())
-        for fragment in self.fragments:
-            if not (0 <= fragment.tensor < len(self.tensors) and 0 <= fragment.holders < len(holds)):
-                raise LayoutError(
-                    f"a fragment names tensor {fragment.tensor} and holder set {fragment.holders}: no such row"
-                )
-            tensor = self.tensors[fragment.tensor]
-            _check_region(tensor, fragment)
-            if fragment.writer not in holds[fragment.holders]:
-                raise LayoutError(
-                    f"{_at(tensor, fragment)} is written by rank {fragment.writer}, which does not hold it"
-                )
-            place = (fragment.tensor, fragment.region.start)
-            if place <= before:
-                raise LayoutError(f"{_at(tensor, fragment)} is out of order, or begins where another one does")
-            before = place
-
-    def _check_files(self) -> None:
-        """In each data file fragments are aligned, do not overlap, and their blocks are counted in the order of offsets."""
-        ends: dict[int, tuple[int, int]] = {}
-        for fragment in sorted(self.fragments, key=_offset_of):
-            end, blocks = ends.get(fragment.writer, (0, 0))
-            if fragment.offset < end or fragment.offset % alignment_of(fragment.nbytes):
-                tensor = self.tensors[fragment.tensor]
-                raise LayoutError(
-                    f"{_at(tensor, fragment)} at {fragment.offset} overlaps another one, or is not aligned"
-                )
-            if fragment.first_block != blocks:
-                tensor = self.tensors[fragment.tensor]
-                raise LayoutError(f"{_at(tensor, fragment)} has first block {fragment.first_block}, {blocks} expected")
-            ends[fragment.writer] = (
-                fragment.offset + fragment.nbytes,
-                blocks + block_count(fragment.nbytes, self.block_bytes),
-            )
-        if any(end > LARGEST for end, _ in ends.values()):
-            raise LayoutError("a data file ends beyond 2**63 bytes")
+    def _at(self, row: int) -> str:
+        fragment = self.fragments[row]
+        known = 0 <= fragment.tensor < len(self.tensors)
+        return f"fragment '{self.tensors[fragment.tensor].name if known else fragment.tensor}' {fragment.region}"
 
 
 def _tensor_of(fragment: Fragment) -> int:
     return fragment.tensor
-
-
-def _offset_of(fragment: Fragment) -> int:
-    return fragment.offset
-
-
-def _at(tensor: TensorRow, fragment: Fragment) -> str:
-    return f"fragment '{tensor.name}' {fragment.region}"
 
 
 def _check_tensors(tensors: tuple[TensorRow, ...]) -> None:
@@ -165,8 +138,8 @@ def _check_tensors(tensors: tuple[TensorRow, ...]) -> None:
     if "" in names:
         raise LayoutError("a tensor has an empty name")
     if len(set(names)) != len(names):
-        twice = sorted({name for name in names if names.count(name) > 1})[:3]
-        raise LayoutError(f"the names {twice} belong to two tensors")
+        twice = [name for name, times in Counter(names).items() if times > 1]
+        raise LayoutError(f"the names {twice[:3]} belong to two tensors")
 
 
 def _check_ascending(what: str, names: Iterable[str]) -> None:
@@ -188,11 +161,3 @@ def _check_holders(members: tuple[int, ...], ranks: int) -> None:
     ascending = all(before < member for before, member in pairwise(members))
     if not members or not ascending or members[0] < 0 or members[-1] >= ranks:
         raise LayoutError(f"the holder set {members} is not an ascending set of the {ranks} ranks")
-
-
-def _check_region(tensor: TensorRow, fragment: Fragment) -> None:
-    region = fragment.region
-    if region.ndim != len(tensor.shape) or any(map(int.__gt__, region.stop, tensor.shape)):
-        raise LayoutError(f"{_at(tensor, fragment)} lies outside shape {tensor.shape}")
-    if not 0 < fragment.nbytes == region.numel * ITEMSIZE[tensor.dtype]:
-        raise LayoutError(f"{_at(tensor, fragment)} of dtype {tensor.dtype} has {fragment.nbytes} bytes")

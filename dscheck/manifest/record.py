@@ -39,7 +39,7 @@ class Counts:
 class Term:
     """One job's claim on a root. `parent` is the (term, step) that it continues from, None for a fresh start.
 
-    `id` is this claim's own; `run` the id of the root's first term. `time`: seconds since 1970, by the claimant's clock.
+    `id` is this claim's own; `run` the id of the root's first term. `time`: seconds since 1970 by the claimant's clock.
     """
 
     term: int
@@ -56,7 +56,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """That step `step` exists, as the job of term `term` wrote it. `id` is this attempt's own, to recognise a lost answer.
+    """That step `step` exists, as the job of term `term` wrote it. `id` is this attempt's own: it tells a lost answer.
 
     `started` and `committed`: seconds since 1970, by the coordinator's clock. `versions`: what wrote it, for people.
     """

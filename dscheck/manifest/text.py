@@ -36,8 +36,8 @@ def seal(body: dict[str, Any]) -> bytes:
 def unseal(data: bytes, key: str, limit_bytes: int | None = LIMIT_BYTES) -> dict[str, Any]:
     """The body that `seal` was given. `key` names the object in errors; `limit_bytes` None trusts the caller's size.
 
-    Raises CorruptCheckpointError when the text is too long, is not sealed, does not match its digest, or is not the plain
-    JSON that `seal` writes: duplicate members, NaN, integers over 64 bits, floats that overflow.
+    Raises CorruptCheckpointError when the text is too long, is not sealed, does not match its digest, or is not
+    the plain JSON that `seal` writes: duplicate members, NaN, integers over 64 bits, floats that overflow.
     """
     if limit_bytes is not None and len(data) > limit_bytes:
         raise _corrupt(key, f"has {len(data)} bytes, at most {limit_bytes} expected")

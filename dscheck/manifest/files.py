@@ -1,0 +1,73 @@
+"""What `files.arrow` says of each data file: its size, and where its checksums and its rank's objects lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dscheck.errors import LayoutError
+from dscheck.manifest.keys import LARGEST
+from dscheck.manifest.place import CHECKSUM_ALIGNMENT, align
+from dscheck.manifest.plan import Plan
+
+CHECKSUM_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Bytes [offset, offset + size) of a data file and their SHA-256, in lower-case hex."""
+
+    offset: int
+    size: int
+    sha256: str
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.size
+
+
+@dataclass(frozen=True, slots=True)
+class FileRow:
+    """The data file of `rank`: fragments, then `checksums` (a little-endian uint32 a block), `ours`, `mine`."""
+
+    rank: int
+    size: int
+    blocks: int
+    checksums: Extent
+    ours: Extent
+    mine: Extent
+
+
+def validate_files(rows: Sequence[FileRow], plan: Plan | None = None) -> None:
+    """Raises LayoutError unless there is one row a rank, in order, and each file is laid out without a gap or overlap.
+
+    With `plan`, unless the rows also are those of its ranks, with its fragments and blocks.
+    """
+    for number, row in enumerate(rows):
+        _check_row(number, row)
+    if plan is None:
+        return
+    if len(rows) != len(plan.ranks):
+        raise LayoutError(f"{len(rows)} data files, the plan has {len(plan.ranks)} ranks")
+    for row, (end, blocks) in zip(rows, plan.file_ends(), strict=True):
+        if (row.blocks, row.checksums.offset) != (blocks, align(end, CHECKSUM_ALIGNMENT)):
+            raise LayoutError(
+                f"data file {row.rank} has {row.blocks} blocks with checksums at {row.checksums.offset}; "
+                f"by the plan {blocks} at {align(end, CHECKSUM_ALIGNMENT)}"
+            )
+
+
+def _check_row(number: int, row: FileRow) -> None:
+    if row.rank != number:
+        raise LayoutError(f"row {number} of the data files is of rank {row.rank}")
+    parts = (row.checksums, row.ours, row.mine)
+    numbers = (row.size, row.blocks, *(part.offset for part in parts), *(part.size for part in parts))
+    if min(numbers) < 0 or max(numbers) > LARGEST:
+        raise LayoutError(f"data file {number} has sizes outside 0 to 2**63: {numbers}")
+    if row.checksums.offset % CHECKSUM_ALIGNMENT or row.checksums.size != row.blocks * CHECKSUM_BYTES:
+        raise LayoutError(
+            f"data file {number} has {row.blocks} blocks and {row.checksums.size} bytes of checksums at "
+            f"{row.checksums.offset}"
+        )
+    if (row.ours.offset, row.mine.offset, row.size) != (row.checksums.end, row.ours.end, row.mine.end):
+        raise LayoutError(f"data file {number} of {row.size} bytes has a gap or an overlap behind its checksums")
