@@ -16,12 +16,14 @@ from dscheck.testing.faults import (
     lost_answer,
     slow,
 )
+from dscheck.testing.power import PowerCut
 
 __all__ = [
     "Crash",
     "Fault",
     "Faulty",
     "Operation",
+    "PowerCut",
     "after",
     "amid",
     "before",

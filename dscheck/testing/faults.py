@@ -39,13 +39,16 @@ class Crash(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One call of a storage or of a writer. `offset` is the position in the object, for write and the reads."""
+    """One call of a storage or of a writer. `offset` is the position in the object, for writes, commit and the reads.
+
+    Only a write carries its bytes; a fault that hands on fewer has as many arrive.
+    """
 
     name: str
     key: str
     offset: int = 0
     nbytes: int = 0
-    data: bytes = field(default=b"", repr=False)
+    data: bytes | memoryview = field(default=b"", repr=False)
 
 
 class Faulty:
@@ -65,13 +68,8 @@ class Faulty:
         return sum(fnmatchcase(op.name, name) and fnmatchcase(op.key, key) for op in self.log)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        return cast(
-            bool,
-            self._run(
-                Operation("put_if_absent", key, nbytes=len(data), data=data),
-                lambda op: self._storage.put_if_absent(key, op.data),
-            ),
-        )
+        operation = Operation("put_if_absent", key, nbytes=len(data))
+        return cast(bool, self._run(operation, lambda op: self._storage.put_if_absent(key, data)))
 
     def create(self, key: str) -> ObjectWriter:
         writer = self._run(Operation("create", key), lambda op: self._storage.create(key))
@@ -107,10 +105,11 @@ class _FaultyWriter:
         self._failed = False
 
     def write(self, data: Buffer) -> None:
-        copy = bytes(memoryview(data))
-        operation = Operation("write", self._key, self._size, len(copy), copy)
+        view = memoryview(data)
+        view = view.cast("B") if view.nbytes else memoryview(b"")
+        operation = Operation("write", self._key, self._size, view.nbytes, view)
         self._step(operation, lambda op: self._writer.write(op.data))
-        self._size += len(copy)
+        self._size += view.nbytes
 
     def commit(self) -> int:
         return cast(int, self._step(Operation("commit", self._key, self._size), lambda op: self._writer.commit()))

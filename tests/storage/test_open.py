@@ -48,7 +48,7 @@ def test_opening_and_reading_a_missing_root_creates_nothing(tmp_path: Path) -> N
     assert list(storage.list("")) == []
     assert list(storage.list("records/")) == []
     storage.delete("records/1-1.json")
-    with pytest.raises(CheckpointNotFoundError, match="run/7/records/1-1.json"):
+    with pytest.raises(CheckpointNotFoundError, match=r"run/7/records/1-1\.json"):
         storage.read("records/1-1.json")
     assert list(tmp_path.iterdir()) == []
 
