@@ -31,10 +31,13 @@ class Board(Protocol):
         """Count `key` up by one, atomically, from 0 when it is new; the new count."""
 
     def wait(self, key: str, until: float) -> bytes | None:
-        """The value of `key` as soon as it is set; None when it is not by `until` (a past one: only look)."""
+        """The value of `key` as soon as it is set; None when it is not by `until`."""
 
-    def read(self, keys: Sequence[str], until: float) -> list[bytes]:
-        """The values of keys that are known to be set, in their order."""
+    def look(self, key: str, until: float) -> bytes | None:
+        """The value of `key` now; None when it is not set."""
+
+    def read(self, keys: Sequence[str], until: float) -> list[bytes] | None:
+        """The values of `keys` in their order; None when one of them is not set."""
 
     def absent(self, keys: Sequence[str], until: float) -> list[str]:
         """Those of `keys` that are not set, in their order."""

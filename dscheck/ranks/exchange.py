@@ -129,12 +129,14 @@ class BoardRanks:
         self._arrive(this, b"")  # Others only want to see that rank 0 is there.
         if self._board.wait(this.wake, this.deadline) is None:
             return self._give_up(this)
-        ended = self._board.wait(this.answer, 0.0)
+        others = self._board.read(this.posts[1:], this.deadline)
+        ended = self._board.look(this.answer, this.deadline)
+        # Nothing is decided in a round that another rank has ended; it may have removed its post already.
         if ended is not None:
             return ended
-        payloads = [payload, *self._board.read(this.posts[1:], this.deadline)]
+        assert others is not None, "rank 0 was woken, but posts are missing"
         try:
-            answer = seal_answer(decide(payloads))
+            answer = seal_answer(decide([payload, *others]))
         except BaseException as error:
             known = error if isinstance(error, DscheckError) else _failure(this, 0, f"{type(error).__name__}: {error}")
             with contextlib.suppress(BoardLostError, BoardTimeoutError):

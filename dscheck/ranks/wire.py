@@ -24,7 +24,7 @@ def seal_error(error: DscheckError) -> bytes:
 
 
 def open_answer(data: bytes) -> bytes:
-    """The payload of a sealed answer, or the sealed error, raised: of class DscheckError when its own is not known here."""
+    """The payload of a sealed answer; a sealed error is raised, as DscheckError when its class is not known here."""
     if data[:1] == _ANSWER:
         return data[1:]
     body = json.loads(data[1:])
