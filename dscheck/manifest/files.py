@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dscheck.errors import LayoutError
+from dscheck.manifest.fields import SHA256
 from dscheck.manifest.keys import LARGEST
 from dscheck.manifest.place import CHECKSUM_ALIGNMENT, align
 from dscheck.manifest.plan import Plan
@@ -61,6 +62,8 @@ def _check_row(number: int, row: FileRow) -> None:
     if row.rank != number:
         raise LayoutError(f"row {number} of the data files is of rank {row.rank}")
     parts = (row.checksums, row.ours, row.mine)
+    if not all(SHA256.fullmatch(part.sha256) for part in parts):
+        raise LayoutError(f"data file {number} has a digest that is not 64 hex digits")
     numbers = (row.size, row.blocks, *(part.offset for part in parts), *(part.size for part in parts))
     if min(numbers) < 0 or max(numbers) > LARGEST:
         raise LayoutError(f"data file {number} has sizes outside 0 to 2**63: {numbers}")

@@ -48,7 +48,8 @@ class Ragged:
         """The items of these rows, one after another."""
         length = self.length[rows]
         ends = np.cumsum(length)
-        return self.items[np.arange(ends[-1] if len(ends) else 0) + np.repeat(self.begin[rows] - ends + length, length)]
+        within = np.arange(int(length.sum())) + np.repeat(self.begin[rows] - ends + length, length)
+        return self.items[within].astype(np.int64, copy=False)
 
 
 def ints(values: Sequence[int]) -> Ints:

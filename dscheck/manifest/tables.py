@@ -1,0 +1,101 @@
+"""Tables as Arrow IPC streams: lists of Python values into columns, and back after every check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import DTypeLike
+
+from dscheck.errors import LayoutError
+from dscheck.manifest.messages import MAX_ROWS, Column, walk
+
+
+def ints(values: list[int], dtype: DTypeLike) -> pa.Array:
+    return pa.array(np.array(values, dtype))
+
+
+def texts(values: Iterable[str]) -> pa.Array:
+    try:
+        return pa.array(values, pa.utf8())
+    except UnicodeEncodeError as error:
+        raise LayoutError(f"the name {error.object!r} is no Unicode text") from error
+
+
+def lists(rows: Sequence[Sequence[int]], dtype: DTypeLike) -> pa.Array:
+    count = sum(map(len, rows))
+    return _list_array(rows, pa.array(np.fromiter(chain.from_iterable(rows), dtype, count)))
+
+
+def text_lists(rows: Sequence[Sequence[str]]) -> pa.Array:
+    return _list_array(rows, texts(chain.from_iterable(rows)))
+
+
+def _list_array(rows: Sequence[Sequence[Any]], items: pa.Array) -> pa.Array:
+    if len(items) > MAX_ROWS:
+        raise LayoutError(f"{len(items)} items of lists in one column, at most {MAX_ROWS} fit")
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum(np.fromiter(map(len, rows), np.int32, len(rows)), out=offsets[1:])
+    field = pa.field("item", items.type, nullable=False)
+    return pa.ListArray.from_arrays(pa.array(offsets), items, type=pa.list_(field))
+
+
+def _schema(table: str, columns: Sequence[Column], metadata: dict[str, str]) -> pa.Schema:
+    return pa.schema(list(map(_field, columns)), metadata={"dscheck.table": table, **metadata})
+
+
+def _field(column: Column) -> pa.Field:
+    if column.item:
+        kind = pa.list_(_field(column.item))
+    elif column.kind == "int":
+        kind = pa.int32() if column.width == 4 else pa.int64()
+    else:
+        kind = pa.binary(column.width) if column.kind == "bytes" else pa.utf8()
+    return pa.field(column.name, kind, nullable=False)
+
+
+def write(*streams: tuple[str, Sequence[Column], dict[str, str], list[pa.Array]]) -> bytes:
+    sink = pa.BufferOutputStream()
+    for table, columns, metadata, arrays in streams:
+        schema = _schema(table, columns, metadata)
+        with pa.ipc.new_stream(sink, schema, options=pa.ipc.IpcWriteOptions(compression=None)) as writer:
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def read(data: bytes, *streams: tuple[str, Sequence[Column]]) -> list[pa.RecordBatch]:
+    """One valid batch a stream, in place. Raises ValueError, OSError or ArrowException."""
+    batches = []
+    for (begin, end), (table, columns) in zip(walk(data, [c for _, c in streams]), streams, strict=True):
+        batch = pa.ipc.open_stream(pa.py_buffer(data).slice(begin, end - begin)).read_next_batch()
+        metadata = {name.decode(): text.decode() for name, text in (batch.schema.metadata or {}).items()}
+        expected = {"dscheck.table"} | ({"dscheck.block_bytes"} if table == "fragments" else set())
+        if metadata.keys() != expected or metadata["dscheck.table"] != table:
+            raise ValueError(f"the metadata of table '{table}' is {metadata}")
+        if not batch.schema.equals(_schema(table, columns, metadata), check_metadata=True):
+            raise ValueError(f"table '{table}' has another schema")
+        batch.validate(full=True)
+        batches.append(batch)
+    return batches
+
+
+def columns(batch: pa.RecordBatch) -> list[list[Any]]:
+    """Each column as a list: ints, strings, bytes, or tuples of them."""
+    return [_values(column) for column in batch.columns]
+
+
+def _values(array: pa.Array) -> list[Any]:
+    if pa.types.is_integer(array.type):
+        numbers: list[Any] = array.to_numpy().tolist()
+        return numbers
+    if not pa.types.is_list(array.type):
+        plain: list[Any] = array.to_pylist()
+        return plain
+    items = _values(array.values)
+    # Arrow may leave out the offsets of no rows.
+    offsets = array.offsets.to_numpy().tolist() if len(array) else []
+    return [tuple(items[begin:end]) for begin, end in pairwise(offsets)]
