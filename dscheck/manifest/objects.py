@@ -14,9 +14,10 @@ from typing import Any
 
 from dscheck.errors import StateError
 from dscheck.manifest.arrays import Array, from_numpy, to_json, to_text
+from dscheck.manifest.bundle import decode_objects, encode_objects
 from dscheck.manifest.tags import FACTORIES, MAX_DEPTH, decode_object
 
-__all__ = ["Array", "decode_object", "encode_object"]
+__all__ = ["Array", "decode_object", "decode_objects", "encode_object", "encode_objects"]
 
 _MAPPINGS: dict[type, str] = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter", defaultdict: "defaultdict"}
 _SEQUENCES: dict[type, str] = {tuple: "tuple", set: "set", frozenset: "frozenset", deque: "deque"}
