@@ -1,0 +1,168 @@
+"""How live tensors are cut over ranks: a DTensor by its mesh, a hand-made shard by its box or range, the rest whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Replicate as TorchReplicate
+from torch.distributed.tensor import Shard as TorchShard
+from torch.distributed.tensor.placement_types import _StridedShard as TorchStridedShard
+
+from dscheck.errors import StateError
+from dscheck.layout.placement import Placement, Replicate, Shard, StridedShard, local_pieces, local_shape
+from dscheck.layout.region import Region
+from dscheck.state.leaf import Part, Proof
+
+Box = Region | tuple[int, int]
+"""Where a piece lies in the local tensor: a box of it, or a range of it once flattened."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What one rank holds of a global tensor of `shape`, and where it lies in its local tensor of `local_shape`.
+
+    `pieces` are the non-empty ones, in local order. `holders` provably hold the same pieces, `group` any of the tensor:
+    a number that belongs to the tensor (an optimizer's step) is the same on all of those.
+    """
+
+    shape: tuple[int, ...]
+    local_shape: tuple[int, ...]
+    pieces: tuple[tuple[Region, Box], ...]
+    holders: tuple[int, ...]
+    group: tuple[int, ...]
+    proof: Proof
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank holds the whole tensor as it is."""
+        return self.local_shape == self.shape and all(region.shape == self.shape for region, _ in self.pieces)
+
+    def parts(self, local: torch.Tensor) -> tuple[Part, ...]:
+        """The pieces with their views of `local`."""
+        return tuple(Part(region, _view(local, region, box)) for region, box in self.pieces)
+
+    def whole_of(self, shape: Sequence[int]) -> Cut:
+        """A whole tensor of another shape on the same ranks."""
+        return replace(whole(shape, 0), holders=self.holders, group=self.group, proof=self.proof)
+
+    def scalar(self) -> Cut:
+        """The 0-d companion of the tensor: one number, the same on every rank that holds any part."""
+        return replace(self.whole_of(()), holders=self.group)
+
+
+def _view(local: torch.Tensor, region: Region, box: Box) -> torch.Tensor:
+    if isinstance(box, Region):
+        return local if box.shape == tuple(local.shape) else local[box.slices()]
+    return local.view(-1)[box[0] : box[1]].view(region.shape)
+
+
+def whole(shape: Sequence[int], rank: int) -> Cut:
+    """A tensor that nothing but its name connects to other ranks."""
+    region = Region.whole(tuple(shape))
+    pieces = ((region, region),) if region.numel else ()
+    return Cut(region.stop, region.stop, pieces, (rank,), (rank,), Proof.CLAIM)
+
+
+def replicated(shape: Sequence[int], ranks: Sequence[int], proof: Proof) -> Cut:
+    """A whole tensor that all `ranks` hold (MESH), or whose bytes `ranks[0]` decides (FIRST)."""
+    holders = tuple(sorted(ranks)) if proof is Proof.MESH else (ranks[0],)
+    return replace(whole(shape, ranks[0]), holders=holders, group=holders, proof=proof)
+
+
+def box(shape: Sequence[int], offset: Sequence[int], local_shape: Sequence[int], rank: int) -> Cut:
+    """A hand-made box of a global tensor that starts at `offset`."""
+    here = Region.whole(tuple(local_shape))
+    pieces = ((here.shift(offset), here),) if here.numel else ()
+    return Cut(tuple(shape), here.stop, pieces, (rank,), (rank,), Proof.CLAIM)
+
+
+def flat_range(shape: Sequence[int], start: int, stop: int, local_shape: Sequence[int], rank: int) -> Cut:
+    """A hand-made range of the flattened global tensor, cut into boxes."""
+    from dscheck.layout.flat import flat_range_boxes
+
+    pieces, at = [], 0
+    for region in flat_range_boxes(tuple(shape), start, stop):
+        pieces.append((region, (at, at + region.numel)))
+        at += region.numel
+    return Cut(tuple(shape), tuple(local_shape), tuple(pieces), (rank,), (rank,), Proof.CLAIM)
+
+
+def cut_of(tensor: torch.Tensor, path: str, rank: int) -> Cut:
+    """The cut of a tensor about which nothing but itself is known."""
+    return dtensor_cut(tensor, path) if isinstance(tensor, DTensor) else whole(tensor.shape, rank)
+
+
+def dtensor_cut(tensor: DTensor, path: str) -> Cut:
+    """The cut of a DTensor by its mesh and placements; a rank outside the mesh holds nothing.
+
+    Raises StateError, naming `path`, for placements that are no layout of stored bytes, and when the local tensor has
+    another shape than the placements say.
+    """
+    spec = tensor._spec
+    _refuse_other_orders(spec, path)
+    placements = tuple(_placement(placement, path) for placement in spec.placements)
+    coordinate = spec.mesh.get_coordinate()
+    cut = _mesh_cut(tuple(tensor.shape), spec.mesh, placements, None if coordinate is None else tuple(coordinate))
+    real = tuple(tensor._local_tensor.shape)
+    if coordinate is not None and real != cut.local_shape:
+        raise StateError(
+            f"tensor '{path}' of shape {list(tensor.shape)} with placements {spec.placements} on mesh "
+            f"{list(spec.mesh.shape)}: this rank should hold {list(cut.local_shape)} and holds {list(real)}. It was cut in "
+            "another way than torch.chunk does: declare its pieces with dscheck.sharded(...)",
+            path=path,
+        )
+    return cut
+
+
+def _placement(placement: Any, path: str) -> Placement:
+    kind = type(placement)  # not isinstance: a strided shard has been a subclass of Shard, and is cut in another order
+    if kind is TorchReplicate:
+        return Replicate()
+    if kind is TorchShard:
+        return Shard(placement.dim)
+    if kind is TorchStridedShard:
+        return StridedShard(placement.dim, placement.split_factor)
+    hint = (
+        "redistribute it"
+        if placement.is_partial()
+        else "redistribute it, or declare its pieces with dscheck.sharded(...)"
+    )
+    raise StateError(
+        f"tensor '{path}' has placement {placement}, which is no layout of stored bytes: {hint}", path=path
+    )
+
+
+def _refuse_other_orders(spec: Any, path: str) -> None:
+    """torch 2.13 can cut in an order that the placements alone do not tell."""
+    order = getattr(spec, "shard_order", None)
+    if order is None or getattr(spec, "use_strided_shard_as_shard_order", False):
+        return
+    if order != type(spec).compute_default_shard_order(spec.placements):
+        raise StateError(
+            f"tensor '{path}' is cut in the order {order}, which its placements {spec.placements} do not tell: "
+            "redistribute it in the default order",
+            path=path,
+        )
+
+
+@lru_cache(maxsize=4096)
+def _mesh_cut(
+    shape: tuple[int, ...], mesh: Any, placements: tuple[Placement, ...], coordinate: tuple[int, ...] | None
+) -> Cut:
+    group = tuple(sorted(mesh.mesh.flatten().tolist()))
+    if coordinate is None:
+        return Cut(shape, (), (), (), group, Proof.MESH)
+    mesh_shape = tuple(mesh.shape)
+    pieces = local_pieces(shape, mesh_shape, placements, coordinate)
+    same = tuple(
+        slice(None) if isinstance(placement, Replicate) else index
+        for placement, index in zip(placements, coordinate, strict=True)
+    )
+    holders = tuple(sorted(mesh.mesh[same].flatten().tolist()))
+    local = local_shape(shape, mesh_shape, placements, coordinate)
+    return Cut(shape, local, tuple((there, here) for there, here in pieces if there.numel), holders, group, Proof.MESH)

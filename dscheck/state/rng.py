@@ -1,0 +1,146 @@
+"""The random streams of a process: Python's, NumPy's legacy one, torch's on the CPU and on the accelerator."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dscheck.errors import StateError
+
+KEY = "dscheck.rng"
+_SAMPLED_RANKS = 64
+
+
+def capture() -> dict[str, Any]:
+    """The state of every stream, as plain data. An accelerator that the process has not used yet has none."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": {"version": version, "words": np.array(words, np.uint32).tobytes(), "gauss": gauss},
+        "numpy": {
+            "kind": str(kind),
+            "keys": np.asarray(keys, np.uint32).tobytes(),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+        "torch": torch.get_rng_state().numpy().tobytes(),
+    }
+    if (device := _accelerator()) is not None:
+        state["accelerator"] = {"kind": device.type, "states": [_read(at) for at in _from_current(device)]}
+    return state
+
+
+def restore(states: Sequence[Mapping[str, Any]], rank: int, world: int) -> bool:
+    """Put the streams of this rank back; `states` are those of all saved ranks, or of a sample when there are many.
+
+    On the same number of ranks (`states` is this rank's own alone) exactly. Else a stream that was the same on all saved
+    ranks goes on as it was, on every rank; one that differed is seeded from all of the saved ones and the rank: the same
+    for the same checkpoint, rank and number of ranks, and different on each rank. Returns whether all went on exactly.
+    """
+    exact = True
+    for stream, put in _STREAMS.items():
+        saved = [state.get(stream) for state in states]
+        if saved[0] is None:
+            exact = exact and not (stream == "accelerator" and _accelerator() is not None)
+        elif len(saved) == 1:
+            exact = put(saved[0], None) and exact
+        elif all(value == saved[0] for value in saved):
+            put(saved[0], None)
+        else:
+            put(saved[0], _seed(saved, rank, world))
+    return exact and len(states) == 1
+
+
+def sampled(saved_world: int) -> list[int]:
+    """The saved ranks that a derived stream comes from: all, or 64 spread evenly."""
+    if saved_world <= _SAMPLED_RANKS:
+        return list(range(saved_world))
+    return [index * (saved_world - 1) // (_SAMPLED_RANKS - 1) for index in range(_SAMPLED_RANKS)]
+
+
+def _seed(saved: Sequence[Any], rank: int, world: int) -> int:
+    digest = hashlib.sha256(repr((saved, rank, world)).encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def _put_python(saved: Mapping[str, Any], seed: int | None) -> bool:
+    if seed is not None:
+        random.seed(seed)
+        return False
+    words = tuple(np.frombuffer(saved["words"], np.uint32).tolist())
+    random.setstate((saved["version"], words, saved["gauss"]))
+    return True
+
+
+def _put_numpy(saved: Mapping[str, Any], seed: int | None) -> bool:
+    if seed is not None:
+        np.random.seed(np.array([seed & 0xFFFFFFFF, seed >> 32], np.uint32))
+        return False
+    keys = np.frombuffer(saved["keys"], np.uint32)
+    np.random.set_state((saved["kind"], keys, saved["position"], saved["has_gauss"], saved["cached"]))
+    return True
+
+
+def _put_torch(saved: bytes, seed: int | None) -> bool:
+    if seed is not None:
+        torch.default_generator.manual_seed(seed)
+        return False
+    torch.set_rng_state(_as_tensor(saved))
+    return True
+
+
+def _put_accelerator(saved: Mapping[str, Any], seed: int | None) -> bool:
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device is None or device.type != saved["kind"]:
+        return False
+    devices = _from_current(device)
+    if seed is not None:
+        for at in devices:
+            _module(at).default_generators[at.index].manual_seed(seed)
+        return False
+    for at, state in zip(devices, saved["states"], strict=False):
+        _module(at).set_rng_state(_as_tensor(state), at)
+    return True
+
+
+_STREAMS: dict[str, Callable[[Any, int | None], bool]] = {
+    "python": _put_python,
+    "numpy": _put_numpy,
+    "torch": _put_torch,
+    "accelerator": _put_accelerator,
+}
+
+
+def _as_tensor(state: bytes) -> torch.Tensor:
+    if not state:
+        raise StateError("the saved state of torch's random stream is empty", path=KEY)
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+
+def _module(device: torch.device) -> Any:
+    return getattr(torch, device.type)
+
+
+def _read(device: torch.device) -> bytes:
+    state: torch.Tensor = _module(device).get_rng_state(device)
+    return state.cpu().numpy().tobytes()
+
+
+def _accelerator() -> torch.device | None:
+    """The accelerator's kind if this process has used it: asking for its state would set it up otherwise."""
+    if not torch.accelerator.is_available():
+        return None
+    device = torch.accelerator.current_accelerator()
+    return device if device is not None and getattr(_module(device), "is_initialized", lambda: True)() else None
+
+
+def _from_current(device: torch.device) -> list[torch.device]:
+    """All devices of the process, the current one first: a rank's streams follow it to a device of another number."""
+    count, current = torch.accelerator.device_count(), torch.accelerator.current_device_index()
+    return [torch.device(device.type, (current + step) % count) for step in range(count)]

@@ -1,0 +1,140 @@
+"""Where plain objects live: how each kind is read at a save, and written back by a load."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dscheck.errors import StateError, StateMismatchError
+from dscheck.state.tensors import alias
+
+Put = Callable[[Any], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A plain object of the live state: `read` gives its value now, `write` puts a loaded one back."""
+
+    name: str
+    read: Callable[[], Any]
+    write: Put
+
+
+def is_stateful(value: Any) -> bool:
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def slot_of(name: str, value: Any, put: Put | None) -> Slot:
+    """The slot of a value that is no module, optimizer or tensor of its own. `put` replaces it in its container.
+
+    Raises StateError for a value that could be saved and not put back.
+    """
+    if is_stateful(value):
+        return Slot(name, value.state_dict, value.load_state_dict)
+    if isinstance(value, torch.Generator):
+        return Slot(name, lambda: _read_torch(value), lambda saved: _write_torch(name, value, saved))
+    if isinstance(value, np.random.Generator | np.random.RandomState):
+        return _numpy_slot(name, value)
+    if isinstance(value, random.Random):
+        return Slot(name, value.getstate, value.setstate)
+    if isinstance(value, torch.Tensor):
+        return Slot(name, lambda: value, lambda saved: _write_tensor(name, value, saved))
+    if put is None and not _is_mutable(value):
+        raise StateError(
+            f"'{name}' is a {type(value).__name__} inside a container that cannot be changed, so a load could not put it "
+            "back: use a list or a dict",
+            path=name,
+        )
+    return Slot(name, lambda: value, lambda saved: _write_plain(name, value, saved, put))
+
+
+def _read_torch(generator: torch.Generator) -> dict[str, Any]:
+    return {"device": generator.device.type, "state": generator.get_state().cpu().numpy().tobytes()}
+
+
+def _write_torch(name: str, generator: torch.Generator, saved: Any) -> None:
+    if saved["device"] != generator.device.type:
+        raise StateMismatchError(
+            f"generator '{name}' was saved on {saved['device']} and lives on {generator.device.type}: a stream cannot be "
+            "carried over to another kind of device",
+            path=name,
+        )
+    generator.set_state(torch.frombuffer(bytearray(saved["state"]), dtype=torch.uint8))
+
+
+def _numpy_slot(name: str, generator: Any) -> Slot:
+    bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator._bit_generator
+
+    def write(saved: Any) -> None:
+        if saved["kind"] != bits.state["bit_generator"]:
+            raise StateMismatchError(
+                f"generator '{name}' was saved as {saved['kind']} and is {bits.state['bit_generator']}", path=name
+            )
+        if isinstance(generator, np.random.Generator):
+            bits.state = saved["state"]
+        else:
+            generator.set_state(saved["state"])
+
+    def read() -> Any:
+        state = bits.state if isinstance(generator, np.random.Generator) else generator.get_state(legacy=False)
+        return {"kind": state["bit_generator"], "state": state}
+
+    return Slot(name, read, write)
+
+
+def _write_tensor(name: str, live: torch.Tensor, saved: Any) -> None:
+    if not isinstance(saved, torch.Tensor) or saved.shape != live.shape or saved.dtype != live.dtype:
+        found = f"{saved.dtype}{list(saved.shape)}" if isinstance(saved, torch.Tensor) else type(saved).__name__
+        raise StateMismatchError(
+            f"tensor '{name}' is {live.dtype}{list(live.shape)} and what is to be loaded into it is {found}", path=name
+        )
+    if saved is not live:
+        alias(live, name).copy_(saved)
+
+
+_MUTABLE_MAPPINGS = (dict, OrderedDict, Counter, defaultdict)
+
+
+def _is_mutable(value: Any) -> bool:
+    return type(value) in (*_MUTABLE_MAPPINGS, list, deque, set, np.ndarray)
+
+
+def _write_plain(name: str, live: Any, saved: Any, put: Put | None) -> None:
+    """Change a container in place, so that whoever refers to it sees the loaded state; replace everything else."""
+    if type(saved) is not type(live) or not _refill(live, saved):
+        if put is None:
+            raise StateMismatchError(
+                f"'{name}' is a {type(live).__name__}, was saved as a {type(saved).__name__}, and cannot be replaced where "
+                "it is",
+                path=name,
+            )
+        put(saved)
+
+
+def _refill(live: Any, saved: Any) -> bool:
+    kind = type(live)
+    if kind in _MUTABLE_MAPPINGS or kind is set:
+        live.clear()
+        live.update(saved)
+    elif kind is list:
+        live[:] = saved
+    elif kind is deque and live.maxlen == saved.maxlen:
+        live.clear()
+        live.extend(saved)
+    elif kind is np.ndarray and live.shape == saved.shape and live.dtype == saved.dtype and live.flags.writeable:
+        live[...] = saved
+    else:
+        return False
+    return True
+
+
+def mapping_put(container: Mapping[str, Any], key: Any) -> Put | None:
+    """What replaces the value under `key`; None when the container cannot be changed."""
+    set_item = getattr(container, "__setitem__", None)
+    return None if set_item is None else lambda value: set_item(key, value)
