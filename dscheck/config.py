@@ -1,0 +1,56 @@
+"""The settings of a Checkpointer, checked once, with their units in their names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dscheck.errors import ConfigError
+
+WhenBusy = Literal["wait", "skip"]
+OnFailure = Literal["warn", "raise"]
+Replicas = Literal["equal", "first"]
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a Checkpointer behaves; every field is a keyword argument of it.
+
+    timeout_s: deadline of one save or load, fence included; no wait is longer (C7).
+    when_busy: an earlier save is unfinished: "wait" for it inside `save()`, or "skip" the step on all ranks.
+    on_failure: a save failed in the background: "warn", or also "raise" at the next call.
+    replicas: ranks claim one plain tensor: "equal" refuses them when they differ, "first" takes the lowest rank's.
+    fresh: start a new history in a root that has commits, instead of refusing to save before a load.
+    rng: capture and restore the random generators of Python, NumPy and torch.
+    block_bytes: length of a checksummed block, the unit of reading; a power of two, 4 KiB to 64 MiB.
+    piece_bytes: length of one capture copy.
+    read_threads: concurrent reads of one rank at load.
+    store_host, store_port: where rank 0 opens the store the ranks talk through; None and 0 choose by themselves.
+    """
+
+    timeout_s: float = 600.0
+    when_busy: WhenBusy = "wait"
+    on_failure: OnFailure = "warn"
+    replicas: Replicas = "equal"
+    fresh: bool = False
+    rng: bool = True
+    block_bytes: int = 256 << 10
+    piece_bytes: int = 32 * MIB
+    read_threads: int = 4
+    store_host: str | None = None
+    store_port: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.timeout_s > 0:
+            raise ConfigError(f"timeout_s={self.timeout_s!r}: a deadline in seconds must be positive")
+        for name, choices in (("when_busy", WhenBusy), ("on_failure", OnFailure), ("replicas", Replicas)):
+            if getattr(self, name) not in get_args(choices):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {get_args(choices)}")
+        if not 4096 <= self.block_bytes <= 64 * MIB or self.block_bytes & (self.block_bytes - 1):
+            raise ConfigError(f"block_bytes={self.block_bytes!r}: expected a power of two from 4096 to {64 * MIB}")
+        if self.piece_bytes < 4096:
+            raise ConfigError(f"piece_bytes={self.piece_bytes!r}: expected at least 4096")
+        if self.read_threads < 1:
+            raise ConfigError(f"read_threads={self.read_threads!r}: expected at least 1")
