@@ -1,0 +1,238 @@
+"""What a user holds: `Checkpointer` ties the live state, the ranks and a storage together, and knows nothing else."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+
+import dscheck
+from dscheck.commit import read_history
+from dscheck.config import Settings
+from dscheck.errors import (
+    CheckpointExistsError,
+    ConfigError,
+    SaveSkippedError,
+    UnusableStateError,
+)
+from dscheck.load.loader import Decision, Loader, Request
+from dscheck.load.report import LoadReport
+from dscheck.ranks import open_ranks
+from dscheck.ranks.base import Ranks
+from dscheck.save.coordinator import Lineage
+from dscheck.save.handle import SaveHandle, SaveStats
+from dscheck.save.saver import Saver
+from dscheck.snapshot import Fences
+from dscheck.state import LiveState
+from dscheck.storage import open_storage
+from dscheck.storage.base import Storage
+
+__all__ = ["Checkpointer", "LoadReport", "SaveHandle", "SaveStats"]
+
+
+class Checkpointer:
+    """Saves and loads one mapping of live state below one root.
+
+    `root`: a path, file:// or memory:// URL, or a Storage. `state`: names to modules, optimizers, anything with
+    `state_dict` and `load_state_dict`, tensors, DTensors, generators and plain data, nested; held by reference, read at
+    every save, written back in place by load. Settings: see `dscheck.config.Settings`. `ranks` replaces the ranks of
+    the default process group, for tests.
+
+    Construction and `load` are collective, on the main thread; `save` is called on all ranks with the same steps, and
+    never waits for another rank. Leaving `with` cleanly waits for the last save; by an exception it tells the other
+    ranks and does not wait. Raises ConfigError, StorageError and what reading a damaged root raises.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | Storage,
+        state: Mapping[str, Any],
+        *,
+        ranks: Ranks | None = None,
+        **settings: Any,
+    ) -> None:
+        self.settings = _settings(settings)
+        self.storage = open_storage(root)
+        self.state = state
+        self._ranks = ranks or open_ranks(
+            self.settings.timeout_s, host=self.settings.store_host, port=self.settings.store_port
+        )
+        self._live = LiveState(state, rank=self._ranks.rank, world=self._ranks.size, rng=self.settings.rng)
+        self._fences = Fences()
+        self._saver = Saver(self.storage, self._ranks, self.settings, self._fences, _versions())
+        self._loads = 0
+        self._unusable: str | None = None
+        self._last_step: int | None = None
+        self._last_handle: SaveHandle | None = None
+        self._closed = False
+        self.loaded: LoadReport | None = None
+        try:
+            self._start()
+        except BaseException:
+            self._fences.remove()
+            self._ranks.close()
+            raise
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(abort=error is not None)
+
+    def save(self, step: int) -> SaveHandle:
+        """Start to save the state of this moment as `step`, and return at once.
+
+        Raises what is wrong with the call or the state, before anything is captured, and then tells the other ranks:
+        ConfigError (a step that does not exceed the last one), StateError (what cannot be stored plainly, by path),
+        CheckpointExistsError, UnusableStateError; with `on_failure="raise"` also the error of the last save. Any later
+        fault shows on the handle and in a warning, and leaves the last committed step as it was (C8).
+        """
+        began = time.perf_counter()
+        handle = SaveHandle(step, self.settings.timeout_s)
+        self._refuse_closed("save")
+        if self._saver.superseded is not None:
+            return self._saver.decline(step, handle, self._saver.superseded)
+        if self.settings.when_busy == "skip" and self._saver.busy():
+            return self._saver.skip(step, handle)
+        self._saver.drain()
+        handle.stats.stall_s["storage"] = time.perf_counter() - began
+        try:
+            self._check_step(step)
+            self._raise_last()
+            flat = self._live.flatten()
+        except Exception as error:
+            self._saver.refuse(step, error)
+            raise
+        self._fences.watch({leaf.owner for leaf in flat.tensors if leaf.owner is not None}, _modules(self.state))
+        self._last_handle = self._saver.save(step, flat, handle)
+        handle.stats.stall_s["call"] = time.perf_counter() - began - handle.stats.stall_s["storage"]
+        return handle
+
+    def load(
+        self,
+        step: int | None = None,
+        only: Sequence[str] | None = None,
+        strict: bool = True,
+        convert_dtype: bool = False,
+    ) -> int | None:
+        """Make the live state what it was at `step` (None: the newest committed one), in place, resharded.
+
+        Returns the step; None when None was asked and there is none: a fresh run. `only`: names of the state, or dotted
+        prefixes, to load alone. `strict=False` loads what there is and reports the rest in `loaded`. Tensors whose
+        dtype differs are refused unless `convert_dtype`. All ranks load the same step or all raise:
+        CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError, IncompleteCoverError, StateError,
+        RankFailureError, DeadlineError. An error after the first byte was placed leaves the state unusable: `save`
+        refuses until a load succeeds.
+        """
+        self._refuse_closed("load")
+        self._fences.fence()
+        self._saver.drain()
+        self._loads += 1
+        loader = Loader(self.storage, self._ranks, self.settings, self._live, self._loads)
+        request = Request(step, None if only is None else tuple(only), strict, convert_dtype)
+        decision = loader.decide(request)
+        if decision.record is None:
+            return None
+        try:
+            self.loaded = loader.run(request, decision.record)
+        except BaseException as error:
+            if loader.touched:
+                self._unusable = f"the load of step {decision.record.step} failed half way: {error}"
+            raise
+        self._unusable = None
+        self._last_step = decision.record.step
+        self._saver.continue_from(_lineage(decision, (decision.record.term, decision.record.step)))
+        return decision.record.step
+
+    def steps(self) -> list[int]:
+        """The committed steps of the live history, ascending, as the storage shows them now. Not collective."""
+        return [ref.step for ref in read_history(self.storage).visible]
+
+    def latest(self) -> int | None:
+        """The newest committed step, or None. Not collective."""
+        newest = read_history(self.storage).newest
+        return None if newest is None else newest.step
+
+    def fence(self) -> None:
+        """Return when the state may be changed by other means than an optimizer step: EMA swaps, clamping,
+        rollbacks.
+        """
+        self._fences.fence()
+
+    def close(self, *, abort: bool = False) -> None:
+        """Wait for the last save (`abort`: give it up and tell the others), and let go of hooks, threads and ranks."""
+        if self._closed:
+            return
+        self._closed = True
+        self._fences.fence()
+        self._saver.close(abort=abort)
+        self._fences.remove()
+        self._ranks.close()
+        if not abort:
+            self._raise_last()
+
+    def _start(self) -> None:
+        """Rank 0 looks at the root and tells all what it saw."""
+        loader = Loader(self.storage, self._ranks, self.settings, self._live, 0)
+        seen = loader.look()
+        self._has_commits = seen.record is not None
+        self._saver.continue_from(_lineage(seen, None))
+
+    def _check_step(self, step: int) -> None:
+        if type(step) is not int or step < 0:
+            raise ConfigError(f"step {step!r}: expected an int of 0 or more")
+        if self._unusable is not None:
+            raise UnusableStateError(f"{self._unusable}. The live state is a mixture: load a step before saving")
+        if self._last_handle is not None and self._last_handle.error is None and self._last_handle.done:
+            self._last_step = self._last_handle.step
+        if self._last_step is not None and step <= self._last_step:
+            raise ConfigError(f"step {step} does not exceed step {self._last_step}, the last one loaded or saved")
+        if self._has_commits and self.loaded is None and self._last_step is None and not self.settings.fresh:
+            raise CheckpointExistsError(
+                f"{self.storage.url} has committed steps and this job has loaded none of them: call load() first, "
+                f"choose "
+                "another root, or pass fresh=True to start a new history there"
+            )
+
+    def _raise_last(self) -> None:
+        handle, error = self._last_handle, self._last_handle.error if self._last_handle else None
+        if handle is not None and error is not None and self.settings.on_failure == "raise":
+            self._last_handle = None
+            if not isinstance(error, SaveSkippedError):
+                raise error
+
+    def _refuse_closed(self, call: str) -> None:
+        if self._closed:
+            raise ConfigError(f"{call}() on a Checkpointer that is closed")
+
+
+def _modules(state: Mapping[str, Any]) -> Iterator[torch.nn.Module]:
+    for value in state.values():
+        if isinstance(value, torch.nn.Module):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _modules(value)
+
+
+def _settings(given: Mapping[str, Any]) -> Settings:
+    try:
+        return Settings(**given)
+    except TypeError as error:
+        known = ", ".join(Settings.__dataclass_fields__)
+        unknown = ", ".join(name for name in given if name not in Settings.__dataclass_fields__)
+        raise ConfigError(f"unknown setting {unknown or error}: known are {known}") from error
+
+
+def _lineage(decision: Decision, parent: tuple[int, int] | None) -> Lineage:
+    return Lineage(decision.newest_term, parent, decision.run)
+
+
+def _versions() -> dict[str, str]:
+    return {"dscheck": dscheck.__version__, "torch": str(torch.__version__), "python": platform.python_version()}

@@ -1,0 +1,83 @@
+"""One committed step as it is read back: record, plan, files and objects, each proved before it is used (C5, C15)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dscheck.errors import CorruptCheckpointError, LayoutError
+from dscheck.manifest.arrow import decode_files, decode_plan
+from dscheck.manifest.files import Extent, FileRow, validate_files
+from dscheck.manifest.keys import data_key, files_key, plan_key
+from dscheck.manifest.objects import decode_objects
+from dscheck.manifest.plan import Plan
+from dscheck.manifest.record import Record
+from dscheck.storage.base import Storage
+
+Options = dict[str, dict[str, Any]]
+"""Optimizer → parameter → tagged options."""
+
+ADVICE = "the object is damaged: load an earlier step, or run `dscheck verify`"
+
+
+def read_digested(storage: Storage, key: str, offset: int, size: int, sha256: str) -> bytes:
+    """`size` bytes of `key` from `offset` on, proved by their SHA-256. Raises CorruptCheckpointError."""
+    data = storage.read(key, offset, size)
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        raise CorruptCheckpointError(
+            f"{storage.url}/{key}: SHA-256 {sha256} stored, {found} computed from {size} bytes at {offset}; {ADVICE}",
+            key=key,
+            offset=offset,
+        )
+    return data
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What one committed step says of itself; plan and files have matched the record's digests and each other."""
+
+    storage: Storage
+    record: Record
+    plan: Plan
+    files: tuple[FileRow, ...]
+
+    @classmethod
+    def open(cls, storage: Storage, record: Record) -> Contents:
+        """Two reads. Raises CorruptCheckpointError, or CheckpointNotFoundError for an object that is gone."""
+        plan_name = plan_key(record.term, record.plan.sha256)
+        plan = decode_plan(read_digested(storage, plan_name, 0, record.plan.size, record.plan.sha256), plan_name)
+        files_name = files_key(record.step, record.term)
+        files = decode_files(read_digested(storage, files_name, 0, record.files.size, record.files.sha256), files_name)
+        try:
+            validate_files(files, plan)
+        except LayoutError as error:
+            raise CorruptCheckpointError(f"{storage.url}/{files_name}: {error}; {ADVICE}", key=files_name) from error
+        return cls(storage, record, plan, tuple(files))
+
+    def key(self, rank: int) -> str:
+        """The data file of one saved rank."""
+        return data_key(self.record.step, self.record.term, rank)
+
+    def mine(self, rank: int) -> Mapping[str, Any]:
+        """The objects that belong to one saved rank alone, tagged."""
+        return self._objects(rank, self.files[rank].mine)[0]
+
+    def ours(self, rank: int) -> tuple[dict[str, Any], Options]:
+        """The objects and optimizer options of one saved rank, tagged."""
+        return self._objects(rank, self.files[rank].ours)
+
+    def checksums(self, ranks: Iterable[int]) -> dict[int, NDArray[np.uint32]]:
+        """The CRC32C of every block in the data files of these ranks, in block order."""
+        return {rank: np.frombuffer(self._extent(rank, self.files[rank].checksums), "<u4") for rank in ranks}
+
+    def _objects(self, rank: int, extent: Extent) -> tuple[dict[str, Any], Options]:
+        return decode_objects(self._extent(rank, extent), self.key(rank))
+
+    def _extent(self, rank: int, extent: Extent) -> bytes:
+        return read_digested(self.storage, self.key(rank), extent.offset, extent.size, extent.sha256)

@@ -1,0 +1,217 @@
+"""A load is one decision, one proof that nothing will be missing, and one agreement at the end (C6)."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from dscheck.commit import read_history
+from dscheck.commit.contents import Contents
+from dscheck.config import Settings
+from dscheck.errors import ConfigError, DeadlineError, DscheckError, StateMismatchError
+from dscheck.load.needs import Need, needs_of, reads_of
+from dscheck.load.read import Reader
+from dscheck.load.report import LoadReport
+from dscheck.load.saved import saved_state
+from dscheck.manifest.dtypes import ITEMSIZE
+from dscheck.manifest.keys import record_key
+from dscheck.manifest.record import Record, decode_record
+from dscheck.ranks.base import Failed, Ok, Ranks
+from dscheck.ranks.message import pack, unpack
+from dscheck.state.leaf import TensorLeaf
+from dscheck.state.live import LiveState, Restore
+from dscheck.storage.base import Storage
+
+T = TypeVar("T")
+
+LISTED = 10
+"""How many names an error shows before it only counts the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The arguments of one load: they must be the same on all ranks."""
+
+    step: int | None
+    only: tuple[str, ...] | None
+    strict: bool
+    convert_dtype: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What rank 0 saw and chose for all: the record to load or None, the newest term there is, and the root's run
+    id.
+    """
+
+    record: Record | None
+    newest_term: int
+    run: str | None
+
+
+class _Prepared(NamedTuple):
+    contents: Contents
+    restore: Restore
+    needs: list[Need]
+
+
+class Loader:
+    """One load on one rank: `decide`, then `run`. `touched` tells whether live memory has been written to."""
+
+    def __init__(self, storage: Storage, ranks: Ranks, settings: Settings, live: LiveState, number: int) -> None:
+        self._storage, self._ranks, self._settings, self._live, self._number = storage, ranks, settings, live, number
+        self._began = time.monotonic()
+        self._deadline = self._began + settings.timeout_s
+        self.touched = False
+
+    def look(self) -> Decision:
+        """What rank 0 sees in the root, told to all; its record is the newest one. Collective."""
+        return self._decision(self._exchange("look", Ok(), lambda posts: self._see(None)))
+
+    def decide(self, request: Request) -> Decision:
+        """One rank resolves the step and tells all. Collective."""
+        mine = {"step": request.step, "only": request.only, "strict": request.strict, "convert": request.convert_dtype}
+        return self._decision(self._exchange("decide", Ok(pack(mine)), lambda posts: self._choose(request, posts)))
+
+    def _decision(self, text: bytes) -> Decision:
+        answer = unpack(text)
+        record = None
+        if answer["record"] is not None:
+            found = decode_record(answer["record"].encode(), record_key(answer["step"], answer["term"]))
+            assert isinstance(found, Record)
+            record = found
+        return Decision(record, answer["newest_term"], answer["run"])
+
+    def run(self, request: Request, record: Record) -> LoadReport:
+        """Load `record` into the live state. Collective: returns on all ranks or raises on all."""
+        prepared = self._act("prepared", lambda: self._prepare(request, record))
+        answer = self._exchange("prepared", Ok(pack(prepared.restore.unexpected)), _unexpected_everywhere)
+        unexpected = tuple(unpack(answer))
+        if unexpected and request.strict:
+            raise StateMismatchError(
+                f"step {record.step} holds names that no rank has a place for: {_some(unexpected)}. Nothing was "
+                f"loaded; "
+                "load with strict=False to leave them out, or into the state that was saved"
+            )
+        report = self._act("done", lambda: self._fill(record, prepared, unexpected))
+        self._exchange("done", Ok(), _nothing)
+        return report
+
+    def _choose(self, request: Request, posts: Sequence[bytes]) -> bytes:
+        for rank, post in enumerate(map(unpack, posts)):
+            if post["step"] != request.step:
+                raise ConfigError(
+                    f"rank 0 loads step {request.step}, rank {rank} loads step {post['step']}: load() is called with "
+                    f"the "
+                    "same arguments on all ranks",
+                    ranks=[0, rank],
+                )
+            if post != unpack(posts[0]):
+                raise ConfigError(
+                    f"load() is called with other arguments on rank {rank} than on rank 0", ranks=[0, rank]
+                )
+        return self._see(request.step)
+
+    def _see(self, step: int | None) -> bytes:
+        history = read_history(self._storage)
+        record = history.resolve(step)
+        return pack(
+            {
+                "record": None if record is None else record.encode().decode(),
+                "step": None if record is None else record.step,
+                "term": None if record is None else record.term,
+                "newest_term": history.newest_term,
+                "run": history.run,
+            }
+        )
+
+    def _prepare(self, request: Request, record: Record) -> _Prepared:
+        """All that can be known before the first byte is placed: names, shapes, dtypes, cover. Touches nothing."""
+        contents = Contents.open(self._storage, record)
+        saved = saved_state(contents, self._ranks.rank, self._ranks.size)
+        restore = self._live.prepare(saved, request.only, request.strict)
+        index = contents.plan.index()
+        leaves = [leaf for leaf in restore.tensors if leaf.name in index]
+        _compare(leaves, contents, index, request.convert_dtype)
+        needs = [
+            need
+            for leaf in leaves
+            for part in leaf.parts
+            for need in needs_of(contents.plan, index[leaf.name], part.region, part)
+        ]
+        return _Prepared(contents, restore, needs)
+
+    def _fill(self, record: Record, prepared: _Prepared, unexpected: tuple[str, ...]) -> LoadReport:
+        contents, restore, needs = prepared
+        checksums = contents.checksums(sorted({need.fragment.writer for need in needs}))
+        reads = reads_of(needs, contents.plan.block_bytes)
+        Reader(contents, checksums, self._check).run(reads, self._settings.read_threads)
+        rng = restore.finish()
+        return LoadReport(
+            step=record.step,
+            term=record.term,
+            missing=restore.missing,
+            unexpected=unexpected,
+            rng=rng,
+            bytes=sum(need.box.numel * ITEMSIZE[need.row.dtype] for need in needs),
+            bytes_read=sum(read.stop - read.start for read in reads) + sum(crcs.nbytes for crcs in checksums.values()),
+            seconds=time.monotonic() - self._began,
+        )
+
+    def _act(self, phase: str, act: Callable[[], T]) -> T:
+        """This rank's part before the agreement of `phase`; its failure ends that agreement for all."""
+        self.touched = self.touched or phase == "done"
+        try:
+            return act()
+        except Exception as error:
+            with contextlib.suppress(DscheckError):
+                self._exchange(phase, Failed(f"{type(error).__name__}: {error}"), _nothing)
+            raise
+
+    def _exchange(self, phase: str, mine: Ok | Failed, decide: Callable[[Sequence[bytes]], bytes]) -> bytes:
+        return self._ranks.exchange(
+            f"load-{self._number}/{phase}", mine, decide, deadline=self._deadline, phase=f"load ({phase})"
+        )
+
+    def _check(self) -> None:
+        if time.monotonic() > self._deadline:
+            raise DeadlineError(
+                f"load: rank {self._ranks.rank} did not read its data within {self._settings.timeout_s} s",
+                ranks=[self._ranks.rank],
+                phase="read",
+                waited_for=self._storage.url,
+            )
+
+
+def _unexpected_everywhere(posts: Sequence[bytes]) -> bytes:
+    """Saved names that no rank wants: pipeline stages each want their own."""
+    names = [set(unpack(post)) for post in posts]
+    return pack(sorted(set.intersection(*names)))
+
+
+def _some(names: Sequence[str]) -> str:
+    listed = ", ".join(f"'{name}'" for name in names[:LISTED])
+    return listed + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def _nothing(posts: Sequence[bytes]) -> bytes:
+    return b""
+
+
+def _compare(leaves: Sequence[TensorLeaf], contents: Contents, index: dict[str, int], convert_dtype: bool) -> None:
+    """Refuse a state of another model, with both shapes and dtypes of every tensor that differs."""
+    wrong = []
+    for leaf in leaves:
+        row = contents.plan.tensors[index[leaf.name]]
+        if leaf.shape != row.shape or (leaf.dtype != row.dtype and not convert_dtype):
+            wrong.append(f"'{leaf.name}': {row.dtype}{list(row.shape)} saved, {leaf.dtype}{list(leaf.shape)} live")
+    if wrong:
+        shown = "; ".join(wrong[:LISTED]) + (f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else "")
+        raise StateMismatchError(
+            f"step {contents.record.step} holds other tensors than the live state: {shown}. Nothing was loaded; load "
+            f"into the "
+            "model that was saved, or pass convert_dtype=True when only dtypes differ"
+        )

@@ -1,0 +1,222 @@
+"""Rank 0's part of every save: the term, the plan of all ranks, and the one act that makes a step exist."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dscheck.commit import assert_newest, check_files, claim, publish, put_files, put_plan
+from dscheck.config import Settings
+from dscheck.errors import ConfigError, LayoutError
+from dscheck.layout.region import Region
+from dscheck.manifest.arrow import encode_files, encode_plan
+from dscheck.manifest.files import Extent, FileRow, validate_files
+from dscheck.manifest.record import Counts, Digest, Record, Term
+from dscheck.ranks.message import pack, unpack
+from dscheck.save.claims import Claim, RankClaims, pack_exceptions
+from dscheck.save.merge import Merged, Samples, compare, merge
+from dscheck.storage.base import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """What the next claim continues from: the newest term seen, the (term, step) loaded or None, the root's run id
+    or None.
+    """
+
+    seen: int
+    parent: tuple[int, int] | None
+    run: str | None
+
+
+@dataclass(slots=True)
+class _Attempt:
+    step: int
+    id: str
+    started: float
+
+
+class Coordinator:
+    """Decides the two rounds of a save on rank 0. Called by one thread at a time."""
+
+    def __init__(self, storage: Storage, settings: Settings, versions: Mapping[str, str]) -> None:
+        self._storage, self._settings, self._versions = storage, settings, versions
+        self._lineage = Lineage(0, None, None)
+        self._term: Term | None = None
+        self._tried: int | None = None
+        self._committed: int | None = None
+        self._claims: dict[int, tuple[str, RankClaims]] = {}
+        self._digests: tuple[str, ...] = ()
+        self._merged: Merged | None = None
+        self._plan = Digest(0, "")
+        self._plan_text = b""
+        self._stored_in: int | None = None
+        self._attempt: _Attempt | None = None
+
+    def continue_from(self, lineage: Lineage) -> None:
+        """The next save claims a new term: the job was just started, or has loaded a step."""
+        self._lineage, self._term, self._tried, self._committed = lineage, None, None, None
+
+    def decide_plan(self, payloads: Sequence[bytes]) -> bytes:
+        """The answer to the first round: skip, or the term, the attempt and the plan."""
+        posts = [unpack(payload) for payload in payloads]
+        step = _same_step(posts)
+        if any(post["busy"] for post in posts):
+            return pack({"skip": True})
+        term = self._term_for(step)
+        self._tried = step
+        self._receive(posts)
+        samples = self._samples(posts)
+        merged = self._replan(posts)
+        if not compare(merged.contested, self._all_claims(), samples, self._settings.replicas):
+            raise LayoutError(
+                f"step {step}: a tensor that one mesh held is now claimed by other ranks too, and cannot be compared "
+                "before the next save; this one is given up"
+            )
+        self._store_plan(term)
+        self._attempt = _Attempt(step, uuid.uuid4().hex, time.time())
+        answer: dict[str, Any] = {"skip": False, "term": term.term, "term_id": term.id, "id": self._attempt.id}
+        answer["plan"] = self._plan.sha256
+        if any(post["plan"] != self._plan.sha256 for post in posts):
+            answer["exceptions"] = pack_exceptions(merged.exceptions)
+            answer["contested"] = pack_exceptions(dict.fromkeys(merged.contested, ()))
+        return pack(answer)
+
+    def decide_arrive(self, payloads: Sequence[bytes]) -> bytes:
+        """The answer to the second round: the step exists. Proves invariant C4 before, and C1 and C2 by `publish`."""
+        assert self._merged is not None
+        assert self._term is not None
+        assert self._attempt is not None
+        plan, term, attempt = self._merged.plan, self._term, self._attempt
+        rows = [_row(rank, unpack(payload)) for rank, payload in enumerate(payloads)]
+        validate_files(rows, plan)
+        check_files(self._storage, attempt.step, term.term, rows)
+        files = encode_files(rows)
+        put_files(self._storage, attempt.step, term.term, files)
+        counts = Counts(
+            tensors=len(plan.tensors),
+            fragments=len(plan.fragments),
+            ranks=len(plan.ranks),
+            blocks=sum(row.blocks for row in rows),
+            bytes=sum(fragment.nbytes for fragment in plan.fragments),
+        )
+        record = Record(
+            step=attempt.step,
+            term=term.term,
+            term_id=term.id,
+            plan=self._plan,
+            files=_digest(files),
+            counts=counts,
+            versions=self._versions,
+            started=attempt.started,
+            committed=time.time(),
+            id=attempt.id,
+        )
+        publish(self._storage, record)
+        self._committed = attempt.step
+        return pack({"committed": record.committed})
+
+    def _term_for(self, step: int) -> Term:
+        """The term of this attempt: a first save, or a second try of a step, claims a new one (C2)."""
+        term = self._term
+        if term is not None and (self._tried is None or step > self._tried):
+            assert_newest(self._storage, term)
+            return term
+        lineage = self._lineage
+        if term is not None:
+            parent = term.parent if self._committed is None else (term.term, self._committed)
+            lineage = Lineage(term.term, parent, term.run)
+        self._term = claim(
+            self._storage,
+            seen=lineage.seen,
+            parent=lineage.parent,
+            run=lineage.run,
+            host=socket.gethostname(),
+            now=time.time(),
+        )
+        self._committed = None
+        return self._term
+
+    def _receive(self, posts: Sequence[Mapping[str, Any]]) -> None:
+        for rank, post in enumerate(posts):
+            if post["claims"] is not None:
+                self._claims[rank] = (post["digest"], RankClaims.decode(post["claims"].encode()))
+            if self._claims.get(rank, ("",))[0] != post["digest"]:
+                raise LayoutError(
+                    f"the claims of rank {rank} were lost with an earlier save; this save is given up, the next one "
+                    f"resends"
+                )
+
+    def _replan(self, posts: Sequence[Mapping[str, Any]]) -> Merged:
+        """The plan of these claims; made anew when any rank's digest is not the one the present plan was made of."""
+        digests = tuple(post["digest"] for post in posts)
+        if self._merged is None or digests != self._digests:
+            self._merged = merged = merge(self._all_claims(), self._settings.block_bytes)
+            self._plan_text = encode_plan(merged.plan)
+            self._plan, self._stored_in, self._digests = _digest(self._plan_text), None, digests
+        return self._merged
+
+    def _all_claims(self) -> list[RankClaims]:
+        return [self._claims[rank][1] for rank in range(len(self._claims))]
+
+    def _store_plan(self, term: Term) -> None:
+        """A plan belongs to its term alone (TRAPS 37), and is written when it changed, not at each save."""
+        if self._stored_in != term.term:
+            put_plan(self._storage, term.term, self._plan_text)
+            self._stored_in = term.term
+
+    def _samples(self, posts: Sequence[Mapping[str, Any]]) -> Samples:
+        """What the ranks sent, read by the plan that they know: that of before this save."""
+        samples: dict[tuple[int, str, Region], int] = {}
+        for rank, post in enumerate(posts):
+            if not post["full"] and post["plan"] != self._plan.sha256:
+                continue
+            contested = None if post["full"] or self._merged is None else self._merged.contested
+            watched = watch(rank, self._claims[rank][1].claims, contested)
+            samples.update({(rank, *key): value for key, value in zip(watched, post["samples"], strict=True)})
+        return samples
+
+
+def watch(rank: int, claims: Sequence[Claim], contested: set[tuple[str, Region]] | None) -> list[tuple[str, Region]]:
+    """The regions whose samples `rank` sends: all that it claims when `contested` is None, else what needs
+    comparing.
+    """
+    return [
+        (claim.name, region)
+        for claim in claims
+        if rank in claim.holders
+        for region in claim.regions
+        if contested is None or claim.proof == "claim" or (claim.name, region) in contested
+    ]
+
+
+def _same_step(posts: Sequence[Mapping[str, Any]]) -> int:
+    step = posts[0]["step"]
+    for rank, post in enumerate(posts):
+        if post["step"] != step:
+            raise ConfigError(
+                f"rank 0 saves step {step}, rank {rank} saves step {post['step']}: save() is called with the same step "
+                "on all ranks, the same number of times",
+                ranks=[0, rank],
+            )
+    assert isinstance(step, int)
+    return step
+
+
+def _digest(text: bytes) -> Digest:
+    return Digest(len(text), hashlib.sha256(text).hexdigest())
+
+
+def pack_row(row: FileRow) -> bytes:
+    """A rank's arrival: its row of files.arrow."""
+    return pack(asdict(row))
+
+
+def _row(rank: int, post: Mapping[str, Any]) -> FileRow:
+    extents = {name: Extent(**post[name]) for name in ("checksums", "ours", "mine")}
+    return FileRow(rank=rank, size=post["size"], blocks=post["blocks"], **extents)
