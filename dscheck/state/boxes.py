@@ -52,7 +52,7 @@ def sharded(
 ) -> Sharded:
     """Declare `local` as the box of a global tensor that starts at `offset`, or as a range of it once flattened.
 
-    In elements. With `flat_range=(start, stop)` the tensor may have any shape with stop - start elements and is contiguous.
+    In elements. With `flat_range=(start, stop)` it is contiguous and of any shape that has stop - start elements.
     Raises ConfigError or LayoutError when the piece does not fit.
     >>> sharded(torch.zeros(2, 4), (8, 4), (6, 0)).offset
     (6, 0)
@@ -91,7 +91,7 @@ def _checked_range(local: torch.Tensor, shape: tuple[int, ...], flat: tuple[int,
         )
     if local.numel() != stop - start or not local.is_contiguous():
         raise LayoutError(
-            f"sharded(): flat_range ({start}, {stop}) needs a contiguous local tensor of {stop - start} elements, this one "
+            f"sharded(): flat_range ({start}, {stop}) needs a contiguous tensor of {stop - start} elements, this one "
             f"has {local.numel()}{'' if local.is_contiguous() else ' and strides ' + str(local.stride())}"
         )
     return start, stop
@@ -100,8 +100,8 @@ def _checked_range(local: torch.Tensor, shape: tuple[int, ...], flat: tuple[int,
 def per_rank(value: Any, on_reshard: OnReshard = None) -> PerRank:
     """Declare that every rank has a value of its own here, which only the same rank may get back.
 
-    On another number of ranks a load raises StateMismatchError, unless `on_reshard` says what then: "first" gives all the
-    first rank's, "drop" leaves the live value as it is, a callable makes this rank's value of all the saved ones.
+    On another number of ranks a load raises StateMismatchError, unless `on_reshard` says what then: "first" gives all
+    ranks the first one's, "drop" leaves the live value as it is, a callable makes this rank's value of all saved ones.
     """
     if on_reshard not in (None, "first", "drop") and not callable(on_reshard):
         raise ConfigError(f'per_rank(): on_reshard is a callable, "first" or "drop", not {on_reshard!r}')

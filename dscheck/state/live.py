@@ -15,7 +15,8 @@ from dscheck.state.leaves import Leaves
 from dscheck.state.objects import Lift, encode, tensors_in, to_array
 from dscheck.state.optimizers import NamedOptimizer, Parameter, state_cut
 from dscheck.state.placements import cut_of
-from dscheck.state.restore import Restore, SavedState, SavedTensor, prepare
+from dscheck.state.restore import Restore, prepare
+from dscheck.state.saved import SavedState, SavedTensor
 from dscheck.state.survey import Survey, survey
 
 __all__ = ["LiveState", "Restore", "SavedState", "SavedTensor"]
@@ -69,7 +70,7 @@ def _lift(leaves: Leaves, rank: int, suffix: str = "") -> Lift:
 
 def _flatten_optimizer(optimizer: NamedOptimizer, leaves: Leaves, flat: FlatState, rank: int) -> None:
     for key, parameter, value in optimizer.values():
-        name = optimizer.state_name(key, parameter and parameter.names[0])
+        name = optimizer.state_name(key, parameter)
         if parameter is not None and isinstance(value, torch.Tensor):
             leaves.add(name, value, state_cut(value, parameter, name), optimizer.inner)
         else:

@@ -23,7 +23,7 @@ _EXTRA = "_extra_state"
 
 @dataclass(frozen=True, slots=True)
 class ModuleTensor:
-    """One entry of a module's state: `name` is clean, `tensor` live and sharded; `owned` if only optimizers change it."""
+    """One entry of a module's state: a clean name, a live sharded tensor; `owned` if only optimizers change it."""
 
     name: str
     tensor: torch.Tensor
@@ -78,7 +78,7 @@ def _refuse_fsdp1(name: str, module: nn.Module) -> None:
     for path, child in module.named_modules():
         if any(base.__name__ == "FullyShardedDataParallel" for base in type(child).__mro__):
             raise StateError(
-                f"'{name}.{path}' is wrapped in FullyShardedDataParallel (FSDP1), whose state_dict is a collective call: use "
+                f"'{name}.{path}' is wrapped in FullyShardedDataParallel (FSDP1), whose state_dict is collective: use "
                 "fully_shard, or declare its flat shards with dscheck.sharded(local, global_shape, flat_range=...)",
                 path=name,
             )
@@ -149,7 +149,7 @@ def _left_as_it_is(module: nn.Module) -> Iterator[dict[int, torch.Tensor]]:
 
 
 def fsdp_groups(module: nn.Module) -> Iterator[Any]:
-    """The parameter groups of fully_shard anywhere in `module`, each once (a compiled wrapper shows its module's again)."""
+    """The parameter groups of fully_shard in `module`, each once (a compiled wrapper shows its module's again)."""
     seen: set[int] = set()
     for child in module.modules():
         if state := getattr(child, "_get_fsdp_state", None):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
 from torch import nn
 
@@ -15,9 +16,14 @@ _WRAPPED = {
 }
 
 
-@lru_cache(maxsize=None)
-def _wrapped_in(kind: type) -> str | None:
-    """The attribute under which a wrapper class keeps the module that it wraps; None for any other class."""
+def _wrapped_in(module: nn.Module) -> str | None:
+    """The attribute under which a wrapper keeps the module that it wraps; None for any other module."""
+    kind: Any = type(module)
+    return _wrapped_by(kind)
+
+
+@cache
+def _wrapped_by(kind: Any) -> str | None:
     for base in kind.__mro__:
         if attribute := _WRAPPED.get(f"{base.__module__}.{base.__qualname__}"):
             return attribute
@@ -33,14 +39,14 @@ class Names:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._any = any(_wrapped_in(type(child)) for child in module.modules())
+        self._any = any(_wrapped_in(child) for child in module.modules())
         self._prefixes: dict[str, str] = {}
 
     def clean(self, key: str) -> str:
         """The clean form of a state dict's key, whether or not the wrapper's own hooks have cleaned it before."""
         if not self._any:
             return key
-        prefix, dot, last = key.rpartition(".")
+        prefix, _, last = key.rpartition(".")
         if prefix not in self._prefixes:
             self._prefixes[prefix] = self._clean_prefix(prefix)
         clean = self._prefixes[prefix]
@@ -57,8 +63,8 @@ class Names:
 
 
 def _descend(at: nn.Module | None, component: str) -> tuple[nn.Module | None, bool]:
-    """The child called `component`, through wrappers that the key does not mention, and whether it is such a wrapped one."""
-    while at is not None and (wrapped := _wrapped_in(type(at))):
+    """The child called `component`, through wrappers that the key leaves out, and whether it is a wrapped one."""
+    while at is not None and (wrapped := _wrapped_in(at)):
         inner = at._modules.get(wrapped)
         if component == wrapped:
             return inner, True

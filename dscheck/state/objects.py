@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any
 
@@ -30,7 +30,8 @@ Find = Callable[[str], torch.Tensor]
 def encode(value: Any, name: str, lift: Lift) -> Any:
     """The tagged form of an object called `name`; large tensors go to `lift` with their dotted paths.
 
-    In the object stands {"dscheck.tensor": the name that `lift` gave, "lib": "torch" or "numpy"}. Raises StateError by path.
+    In the object stands {"dscheck.tensor": the name that `lift` gave, "lib": "torch" or "numpy"}. Raises StateError by
+    path.
     """
 
     def visit(at: str, item: Any) -> Any:
@@ -77,13 +78,18 @@ def tensors_in(value: Any, name: str) -> dict[str, torch.Tensor]:
     return found
 
 
-def like_live(value: Any, name: str, live: dict[str, torch.Tensor]) -> Any:
+def like_live(value: Any, name: str, live: Mapping[str, torch.Tensor]) -> Any:
     """`value` with its tensors on the devices that the live object has them on."""
 
     def visit(at: str, item: Any) -> Any:
         return item.to(live[at].device) if isinstance(item, torch.Tensor) and at in live else item
 
     return _walk(value, name, visit)
+
+
+def on_device(value: Any, name: str, device: torch.device) -> Any:
+    """`value` with all its tensors on one device."""
+    return _walk(value, name, lambda _, item: item.to(device) if isinstance(item, torch.Tensor) else item)
 
 
 def _walk(value: Any, at: str, visit: Callable[[str, Any], Any], depth: int = 0) -> Any:

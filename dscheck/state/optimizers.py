@@ -47,8 +47,8 @@ def unwrap(name: str, optimizer: Any) -> Optimizer:
         at.register_step_pre_hook(_nothing).remove()
     except Exception as error:
         raise StateError(
-            f"optimizer '{name}': {type(at).__name__} accepts no step hook ({error}): put the torch optimizer inside it "
-            "into the state",
+            f"optimizer '{name}': {type(at).__name__} accepts no step hook ({error}): put the torch optimizer inside "
+            "it into the state",
             path=name,
         ) from error
     result: Optimizer = at
@@ -102,8 +102,8 @@ class NamedOptimizer:
 
     def _nameless(self, group: int, index: int, tensor: torch.Tensor) -> StateError:
         return StateError(
-            f"optimizer '{self.name}': parameter {index} of group {group}, of shape {list(tensor.shape)}, is in no module "
-            f"of the state: put its module into the state, or name it with {type(self.inner).__name__}"
+            f"optimizer '{self.name}': parameter {index} of group {group}, of shape {list(tensor.shape)}, is in no "
+            f"module of the state: put its module into the state, or name it with {type(self.inner).__name__}"
             "(model.named_parameters())",
             path=self.name,
         )
@@ -118,7 +118,7 @@ class NamedOptimizer:
             seen.add(parameter.names[0])
 
     def values(self) -> Iterator[tuple[str, Parameter | None, Any]]:
-        """(key, parameter, value) of all state there is; the parameter is None for what belongs to the whole optimizer."""
+        """(key, parameter, value) of all state; the parameter is None for what belongs to the whole optimizer."""
         by_identity = {id(parameter.tensor): parameter for parameter in self.parameters}
         for owner, state in self.inner.state.items():
             if not isinstance(owner, torch.Tensor):
@@ -128,7 +128,7 @@ class NamedOptimizer:
                     yield self._key(key), by_identity[id(owner)], value
             elif state:
                 raise StateError(
-                    f"optimizer '{self.name}' has state for a tensor of shape {list(owner.shape)} in none of its groups",
+                    f"optimizer '{self.name}' has state for a tensor of shape {list(owner.shape)} that is in no group",
                     path=self.name,
                 )
 
@@ -140,9 +140,9 @@ class NamedOptimizer:
             )
         return key
 
-    def state_name(self, key: str, parameter: str | None) -> str:
+    def state_name(self, key: str, parameter: Parameter | None) -> str:
         """What a value is called in a checkpoint: `<optimizer>.state.<key>.<parameter>`."""
-        return f"{self.name}.state.{key}" if parameter is None else f"{self.name}.state.{key}.{parameter}"
+        return f"{self.name}.state.{key}" + (f".{parameter.names[0]}" if parameter else "")
 
     def options(self) -> Iterator[tuple[dict[str, Any], list[Parameter]]]:
         """The options of each group, without its parameters, and the parameters that they hold for."""
@@ -165,7 +165,7 @@ def state_cut(value: torch.Tensor, parameter: Parameter, path: str) -> Cut:
         return parameter.cut.whole_of(value.shape)
     raise StateError(
         f"'{path}' has shape {list(value.shape)}, its parameter '{parameter.names[0]}' holds "
-        f"{list(parameter.cut.local_shape)} of {list(parameter.cut.shape)} here: only DTensors, numbers and tensors of the "
-        "parameter's shape can be placed for a sharded parameter",
+        f"{list(parameter.cut.local_shape)} of {list(parameter.cut.shape)} here: only DTensors, numbers and tensors of "
+        "the parameter's shape can be placed for a sharded parameter",
         path=path,
     )

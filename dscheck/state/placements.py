@@ -112,8 +112,8 @@ def dtensor_cut(tensor: DTensor, path: str) -> Cut:
     if coordinate is not None and real != cut.local_shape:
         raise StateError(
             f"tensor '{path}' of shape {list(tensor.shape)} with placements {spec.placements} on mesh "
-            f"{list(spec.mesh.shape)}: this rank should hold {list(cut.local_shape)} and holds {list(real)}. It was cut in "
-            "another way than torch.chunk does: declare its pieces with dscheck.sharded(...)",
+            f"{list(spec.mesh.shape)}: this rank should hold {list(cut.local_shape)} and holds {list(real)}: it was "
+            "cut in another way than torch.chunk does: declare its pieces with dscheck.sharded(...)",
             path=path,
         )
     return cut

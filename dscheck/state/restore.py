@@ -1,60 +1,261 @@
-"""Putting a checkpoint back: what is matched and allocated before the first byte, and what is installed after the last."""
+"""Putting a checkpoint back: matched and allocated before the first byte, installed after the last."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, Literal
 
+import torch
+
+from dscheck.errors import StateError, StateMismatchError
+from dscheck.manifest.objects import decode_object
+from dscheck.state import rng as streams
 from dscheck.state.leaf import TensorLeaf
+from dscheck.state.leaves import Held, local_of
+from dscheck.state.memory import References
+from dscheck.state.modules import reshard
+from dscheck.state.objects import decode, like_live, tensors_in
+from dscheck.state.optimizer_load import OptimizerLoad
+from dscheck.state.saved import Match, SavedState, checked_only, shown
+from dscheck.state.slots import Slot
 from dscheck.state.survey import Survey
 
 Rng = Literal["exact", "equivalent", "none"]
-
-
-@dataclass(frozen=True, slots=True)
-class SavedTensor:
-    """A tensor of a checkpoint under one of its names; `row` is the name that its row has (None: this very name)."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    row: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SavedState:
-    """What a checkpoint holds, as this rank sees it.
-
-    `tensors`: by every name, aliases included. `ours`: plain objects in tagged form; on the same number of ranks this
-    rank's own. `conflicted`: paths of `ours` whose saved values differ between ranks, when the number of ranks is another.
-    `mine`: what a saved rank kept for itself. `options`: optimizer → parameter → tagged options. `world`: saved ranks.
-    """
-
-    tensors: Mapping[str, SavedTensor]
-    ours: Mapping[str, Any]
-    conflicted: frozenset[str]
-    mine: Callable[[int], Mapping[str, Any]]
-    options: Mapping[str, Mapping[str, Any]]
-    world: int
+_OF_RANK = re.compile(r"@rank\d+$")
 
 
 @dataclass(slots=True)
 class Restore:
     """A load that has been prepared and has changed nothing yet.
 
-    `tensors`: the memory to fill, live or new. `missing`: live names that the checkpoint lacks. `unexpected`: saved names
-    below the wanted ones for which this rank has no place; other ranks may.
+    `tensors`: the memory to fill, live or new. `missing`: live names that the checkpoint lacks. `unexpected`: saved
+    names below the wanted ones for which this rank has no place; other ranks may have one.
     """
 
     tensors: tuple[TensorLeaf, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
+    _steps: list[Callable[[], None]]
+    _rng: Callable[[], Rng]
 
     def finish(self) -> Rng:
-        raise NotImplementedError
+        """Install everything once all tensors are filled, random streams last; says how those were restored."""
+        for step in self._steps:
+            step()
+        return self._rng()
 
 
 def prepare(
     found: Survey, saved: SavedState, *, rank: int, world: int, rng: bool, only: Sequence[str] | None, strict: bool
 ) -> Restore:
-    raise NotImplementedError
+    """Match the live state with a checkpoint. Touches nothing live.
+
+    Raises StateMismatchError for missing names if `strict` (and for unexpected ones where no other rank could have a
+    place for them), for ties that were saved as two tensors, and for objects that only as many ranks as saved may load.
+    """
+    match = Match(saved, checked_only(only))
+    work = _Preparation(found, match, rank, world)
+    work.tensors()
+    work.optimizers()
+    work.objects()
+    put_rng = work.random_streams(rng)
+    match.check_only()
+    match.check_conflicts(world)
+    unexpected = tuple(work.unexpected())
+    if strict and (match.missing or (unexpected and world == 1)):
+        raise _mismatch(match.missing, unexpected)
+    return Restore(tuple(match.leaves), tuple(match.missing), unexpected, work.steps, put_rng)
+
+
+def _mismatch(missing: Sequence[str], unexpected: Sequence[str]) -> StateMismatchError:
+    lacks = f"the checkpoint lacks {shown(missing)}, which the live state has" if missing else ""
+    extra = f"the checkpoint has {shown(unexpected)}, which the live state lacks" if unexpected else ""
+    return StateMismatchError(
+        f"{'; '.join(filter(None, (lacks, extra)))}. Load with strict=False to go on without, or name what to load in "
+        "only=[...]",
+        missing=list(missing),
+        unexpected=list(unexpected),
+    )
+
+
+class _Preparation:
+    def __init__(self, found: Survey, match: Match, rank: int, world: int) -> None:
+        self._found, self._match, self._rank, self._world = found, match, rank, world
+        self._references = References(match, rank)
+        self.steps: list[Callable[[], None]] = []
+
+    def tensors(self) -> None:
+        """The live tensors, in place; those that are lazy views are written as a whole afterwards."""
+        for held in self._found.leaves.held():
+            if not any(map(self._match.wants, held.names)):
+                continue
+            name = self._saved_name(held)
+            if name is None:
+                self._match.missing.append(held.name)
+                continue
+            _refuse_overlap(held)
+            self._match.fill(replace(held.leaf(), name=name))
+            if held.copied:
+                self.steps.append(partial(_write_lazy, held))
+        for name, module in self._found.modules.items():
+            if self._match.touches(name):
+                self.steps.append(partial(reshard, module))
+
+    def _saved_name(self, held: Held) -> str | None:
+        saved = self._match.saved
+        names = [name for name in held.names if name in saved.tensors]
+        rows = {saved.row(name): name for name in names}
+        if len(rows) > 1:
+            raise StateMismatchError(
+                f"{shown(rows.values())} are tied here and were saved as {len(rows)} tensors: one would overwrite the "
+                "other. Untie them, or load one of them with only=[...]",
+                names=list(rows.values()),
+            )
+        self._match.used.update(names)
+        return names[0] if names else None
+
+    def optimizers(self) -> None:
+        for optimizer in self._found.optimizers:
+            if self._match.touches(optimizer.name):
+                load = OptimizerLoad(optimizer)
+                load.prepare(self._match, self._references)
+                self.steps.append(load.finish)
+
+    def objects(self) -> None:
+        for name, slot in self._found.objects.items():
+            if self._match.wants(name):
+                make = self._per_rank(name, slot) if name in self._found.per_rank else self._shared(name, slot)
+                if make is not None:
+                    self.steps.append(partial(_write, slot, make))
+
+    def _shared(self, name: str, slot: Slot) -> Callable[[], Any] | None:
+        saved = self._match.saved
+        if name in saved.ours:
+            return self._decoded(name, slot, self._match.object(name))
+        if saved.world == self._world and name in saved.mine(self._rank):
+            return self._decoded(name, slot, saved.mine(self._rank)[name])
+        self._match.missing.append(name)
+        return None
+
+    def _per_rank(self, name: str, slot: Slot) -> Callable[[], Any] | None:
+        saved, then = self._match.saved, self._found.per_rank[name].on_reshard
+        if saved.world == self._world:
+            mine = saved.mine(self._rank)
+            return self._decoded(name, slot, mine[name]) if name in mine else self._shared(name, slot)
+        if then == "drop":
+            return None
+        if then == "first":
+            mine = saved.mine(0)
+            return self._decoded(name, slot, mine[name]) if name in mine else self._shared(name, slot)
+        if then is None:
+            raise StateMismatchError(
+                f"'{name}' belongs to each of the {saved.world} ranks that saved it, and {self._world} ranks load: say "
+                'what then with per_rank(obj, on_reshard=callable | "first" | "drop")',
+                names=[name],
+            )
+        kept = [saved.mine(rank) for rank in range(saved.world)]
+        values = [self._decoded(name, slot, mine[name], in_place=False) for mine in kept if name in mine]
+        if not values:
+            return self._shared(name, slot)
+        return partial(_resharded, then, values, self._rank, self._world)
+
+    def _decoded(self, name: str, slot: Slot, stored: Any, in_place: bool = True) -> Callable[[], Any]:
+        """The object, made now, so that damage shows before anything is touched; its tensors are filled later."""
+        self._match.used.add(name)
+        live = _LiveTensors(slot)
+        value = decode(stored, name, self._references.finder(live if in_place else {}))
+        if tensors_in(value, name):
+            value = like_live(value, name, live)
+        if in_place:
+            slot.check(value)
+        return partial(_given, value)
+
+    def random_streams(self, rng: bool) -> Callable[[], Rng]:
+        """What restores the random streams, and says how."""
+        saved, key = self._match.saved, streams.KEY
+        if not rng or not self._match.wants(key):
+            return lambda: "none"
+        same = saved.world == self._world
+        kept = [saved.mine(rank) for rank in ([self._rank] if same else streams.sampled(saved.world))]
+        if any(key not in mine for mine in kept):
+            return lambda: "none"
+        states = [decode_object(mine[key], key) for mine in kept]
+        if same:
+            return lambda: "exact" if streams.restore(states[0]) else "equivalent"
+        return partial(_derive, states, self._rank, self._world)
+
+    def unexpected(self) -> Iterator[str]:
+        """Saved names that are wanted by their beginning and that nothing here took."""
+        saved, used = self._match.saved, self._match.used
+        rows = {saved.row(name) for name in used if name in saved.tensors}
+        for name in self._below_wanted():
+            tied = name in saved.tensors and saved.row(name) in rows
+            if name not in used and not tied and not self._is_another_ranks(name):
+                yield name
+        for optimizer in self._found.optimizers:
+            if self._match.wants(optimizer.name):
+                for parameter in saved.options.get(optimizer.name, ()):
+                    if (name := f"{optimizer.name}.{parameter}") not in used:
+                        yield name
+
+    def _below_wanted(self) -> Iterator[str]:
+        for top in self._found.tops:
+            for name in self._match.saved.under.get(top.partition(".")[0], ()):
+                if (name == top or name.startswith(f"{top}.")) and self._match.wants(name):
+                    yield name
+
+    def _is_another_ranks(self, name: str) -> bool:
+        base, at, _ = name.rpartition("@rank")
+        return bool(at) and any(base == owner or base.startswith(f"{owner}.") for owner in self._found.per_rank)
+
+
+class _LiveTensors(Mapping[str, torch.Tensor]):
+    """The tensors of a live object by the names they are saved under, read only if one is asked for."""
+
+    def __init__(self, slot: Slot) -> None:
+        self._slot = slot
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return tensors_in(self._slot.read(), self._slot.name)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._tensors[_OF_RANK.sub("", name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def _resharded(then: Callable[..., Any], values: Sequence[Callable[[], Any]], rank: int, world: int) -> Any:
+    return then([value() for value in values], rank, world)
+
+
+def _write(slot: Slot, make: Callable[[], Any]) -> None:
+    slot.write(make())
+
+
+def _given(value: Any) -> Any:
+    return value
+
+
+def _derive(states: Sequence[Mapping[str, Any]], rank: int, world: int) -> Rng:
+    streams.derive(states, rank, world)
+    return "equivalent"
+
+
+def _refuse_overlap(held: Held) -> None:
+    """An expanded tensor has fewer elements in memory than it shows: its values cannot be written one by one."""
+    if any(size > 1 and stride == 0 for size, stride in zip(held.local.shape, held.local.stride(), strict=True)):
+        raise StateError(
+            f"tensor '{held.name}' is expanded, so it cannot be loaded in place: clone() it", path=held.name
+        )
+
+
+def _write_lazy(held: Held) -> None:
+    local_of(held.tensor).detach().copy_(held.local)

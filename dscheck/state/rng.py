@@ -36,25 +36,27 @@ def capture() -> dict[str, Any]:
     return state
 
 
-def restore(states: Sequence[Mapping[str, Any]], rank: int, world: int) -> bool:
-    """Put the streams of this rank back; `states` are those of all saved ranks, or of a sample when there are many.
-
-    On the same number of ranks (`states` is this rank's own alone) exactly. Else a stream that was the same on all saved
-    ranks goes on as it was, on every rank; one that differed is seeded from all of the saved ones and the rank: the same
-    for the same checkpoint, rank and number of ranks, and different on each rank. Returns whether all went on exactly.
-    """
-    exact = True
+def restore(saved: Mapping[str, Any]) -> bool:
+    """Put all streams back as they were saved. Returns whether each one could be: another accelerator cannot."""
+    exact = (_accelerator() is not None) <= ("accelerator" in saved)
     for stream, put in _STREAMS.items():
-        saved = [state.get(stream) for state in states]
-        if saved[0] is None:
-            exact = exact and not (stream == "accelerator" and _accelerator() is not None)
-        elif len(saved) == 1:
-            exact = put(saved[0], None) and exact
-        elif all(value == saved[0] for value in saved):
-            put(saved[0], None)
-        else:
-            put(saved[0], _seed(saved, rank, world))
-    return exact and len(states) == 1
+        if stream in saved:
+            exact = put(saved[stream], None) and exact
+    return exact
+
+
+def derive(states: Sequence[Mapping[str, Any]], rank: int, world: int) -> None:
+    """Streams for another number of ranks; `states` are those of all saved ranks, or of a sample when there are many.
+
+    One that was the same on several saved ranks, and on all of them, goes on as it was on every rank: what the ranks
+    drew together they still draw together. Any other is seeded from all the saved ones and the rank: always the same
+    for one checkpoint, rank and number of ranks, and another on each rank.
+    """
+    for stream, put in _STREAMS.items():
+        saved = [state[stream] for state in states if stream in state]
+        if saved:
+            together = len(saved) > 1 and all(value == saved[0] for value in saved)
+            put(saved[0], None if together else _seed(saved, rank, world))
 
 
 def sampled(saved_world: int) -> list[int]:

@@ -12,18 +12,21 @@ import numpy as np
 import torch
 
 from dscheck.errors import StateError, StateMismatchError
-from dscheck.state.tensors import alias
 
 Put = Callable[[Any], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A plain object of the live state: `read` gives its value now, `write` puts a loaded one back."""
+    """A plain object of the live state: `read` gives its value now, `write` puts a loaded one back.
+
+    `check` raises StateMismatchError, before anything is touched, for one that `write` could not put back.
+    """
 
     name: str
     read: Callable[[], Any]
     write: Put
+    check: Put = lambda saved: None
 
 
 def is_stateful(value: Any) -> bool:
@@ -38,64 +41,76 @@ def slot_of(name: str, value: Any, put: Put | None) -> Slot:
     if is_stateful(value):
         return Slot(name, value.state_dict, value.load_state_dict)
     if isinstance(value, torch.Generator):
-        return Slot(name, lambda: _read_torch(value), lambda saved: _write_torch(name, value, saved))
+        return _torch_slot(name, value)
     if isinstance(value, np.random.Generator | np.random.RandomState):
         return _numpy_slot(name, value)
     if isinstance(value, random.Random):
         return Slot(name, value.getstate, value.setstate)
     if isinstance(value, torch.Tensor):
-        return Slot(name, lambda: value, lambda saved: _write_tensor(name, value, saved))
+        return _tensor_slot(name, value)
     if put is None and not _is_mutable(value):
         raise StateError(
-            f"'{name}' is a {type(value).__name__} inside a container that cannot be changed, so a load could not put it "
-            "back: use a list or a dict",
+            f"'{name}' is a {type(value).__name__} in a container that cannot be changed, so no load can put it back: "
+            "use a list or a dict",
             path=name,
         )
     return Slot(name, lambda: value, lambda saved: _write_plain(name, value, saved, put))
 
 
-def _read_torch(generator: torch.Generator) -> dict[str, Any]:
-    return {"device": generator.device.type, "state": generator.get_state().cpu().numpy().tobytes()}
+def _torch_slot(name: str, generator: torch.Generator) -> Slot:
+    kind = generator.device.type
 
-
-def _write_torch(name: str, generator: torch.Generator, saved: Any) -> None:
-    if saved["device"] != generator.device.type:
-        raise StateMismatchError(
-            f"generator '{name}' was saved on {saved['device']} and lives on {generator.device.type}: a stream cannot be "
-            "carried over to another kind of device",
-            path=name,
-        )
-    generator.set_state(torch.frombuffer(bytearray(saved["state"]), dtype=torch.uint8))
-
-
-def _numpy_slot(name: str, generator: Any) -> Slot:
-    bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator._bit_generator
-
-    def write(saved: Any) -> None:
-        if saved["kind"] != bits.state["bit_generator"]:
-            raise StateMismatchError(
-                f"generator '{name}' was saved as {saved['kind']} and is {bits.state['bit_generator']}", path=name
-            )
-        if isinstance(generator, np.random.Generator):
-            bits.state = saved["state"]
-        else:
-            generator.set_state(saved["state"])
+    def check(saved: Any) -> None:
+        _refuse_other(name, "generator", saved, "device", kind)
 
     def read() -> Any:
-        state = bits.state if isinstance(generator, np.random.Generator) else generator.get_state(legacy=False)
-        return {"kind": state["bit_generator"], "state": state}
+        return {"device": kind, "state": generator.get_state().cpu().numpy().tobytes()}
 
-    return Slot(name, read, write)
+    def write(saved: Any) -> None:
+        generator.set_state(torch.frombuffer(bytearray(saved["state"]), dtype=torch.uint8))
+
+    return Slot(name, read, write, check)
 
 
-def _write_tensor(name: str, live: torch.Tensor, saved: Any) -> None:
-    if not isinstance(saved, torch.Tensor) or saved.shape != live.shape or saved.dtype != live.dtype:
-        found = f"{saved.dtype}{list(saved.shape)}" if isinstance(saved, torch.Tensor) else type(saved).__name__
-        raise StateMismatchError(
-            f"tensor '{name}' is {live.dtype}{list(live.shape)} and what is to be loaded into it is {found}", path=name
-        )
-    if saved is not live:
-        alias(live, name).copy_(saved)
+def _numpy_slot(name: str, generator: np.random.Generator | np.random.RandomState) -> Slot:
+    def read() -> Any:
+        if isinstance(generator, np.random.RandomState):
+            return generator.get_state(legacy=False)
+        return generator.bit_generator.state
+
+    def check(saved: Any) -> None:
+        _refuse_other(name, "generator", saved, "bit_generator", read()["bit_generator"])
+
+    def write(saved: Any) -> None:
+        if isinstance(generator, np.random.RandomState):
+            generator.set_state(saved)
+        else:
+            generator.bit_generator.state = saved
+
+    return Slot(name, read, write, check)
+
+
+def _refuse_other(name: str, what: str, saved: Any, key: str, live: str) -> None:
+    """A random stream cannot be carried over to another kind of generator."""
+    found = saved.get(key) if isinstance(saved, dict) else type(saved).__name__
+    if found != live:
+        raise StateMismatchError(f"{what} '{name}' has {key} {live} here and was saved with {found}", names=[name])
+
+
+def _tensor_slot(name: str, live: torch.Tensor) -> Slot:
+    def check(saved: Any) -> None:
+        if not isinstance(saved, torch.Tensor) or saved.shape != live.shape or saved.dtype != live.dtype:
+            found = f"{saved.dtype}{list(saved.shape)}" if isinstance(saved, torch.Tensor) else type(saved).__name__
+            raise StateMismatchError(
+                f"tensor '{name}' is {live.dtype}{list(live.shape)} here, and {found} is to be loaded", names=[name]
+            )
+
+    def write(saved: Any) -> None:
+        check(saved)
+        if saved is not live:
+            live.detach().copy_(saved)
+
+    return Slot(name, lambda: live, write, check)
 
 
 _MUTABLE_MAPPINGS = (dict, OrderedDict, Counter, defaultdict)
@@ -110,9 +125,9 @@ def _write_plain(name: str, live: Any, saved: Any, put: Put | None) -> None:
     if type(saved) is not type(live) or not _refill(live, saved):
         if put is None:
             raise StateMismatchError(
-                f"'{name}' is a {type(live).__name__}, was saved as a {type(saved).__name__}, and cannot be replaced where "
-                "it is",
-                path=name,
+                f"'{name}' is a {type(live).__name__} and was saved as a {type(saved).__name__}: its container cannot "
+                "be changed",
+                names=[name],
             )
         put(saved)
 

@@ -33,7 +33,7 @@ RESERVED = "dscheck"
 
 @dataclass(slots=True)
 class Survey:
-    """The live state at one moment. `tops` are the names at the top of the mapping; `per_rank` has its slots in `objects`."""
+    """The live state at one moment. `tops` are the names of the mapping; what is `per_rank` is in `objects` as well."""
 
     leaves: Leaves = field(default_factory=Leaves)
     modules: dict[str, nn.Module] = field(default_factory=dict)
@@ -120,7 +120,7 @@ class _Walk:
         for key, item in items:
             if isinstance(value, Mapping) and not isinstance(key, str):
                 raise StateError(
-                    f"'{name}' holds tensors or objects under the key {key!r}: use a text, it becomes part of their names",
+                    f"'{name}' holds tensors or objects under the key {key!r}: use a text, a part of their names",
                     path=name,
                 )
             self.visit(f"{name}.{key}", item, mapping_put(value, key))

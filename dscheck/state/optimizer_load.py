@@ -1,0 +1,151 @@
+"""An optimizer put back by name, without load_state_dict, which would cast its state to the parameters' dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from dscheck.errors import StateMismatchError
+from dscheck.manifest.objects import decode_object
+from dscheck.state.memory import References, fresh_state, leaf_of
+from dscheck.state.objects import decode, from_array, on_device, tensors_in
+from dscheck.state.optimizers import IMPLEMENTATION, NamedOptimizer, Parameter, state_cut
+from dscheck.state.saved import Match
+
+_ABSENT = object()
+
+
+@dataclass(slots=True)
+class OptimizerLoad:
+    """What one optimizer gets from a checkpoint: values to install, live ones to remove, options for its groups."""
+
+    optimizer: NamedOptimizer
+    _installed: list[tuple[Any, str | None, Any]] = field(default_factory=list)
+    _removed: list[tuple[Any, str]] = field(default_factory=list)
+    _options: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+
+    def prepare(self, match: Match, references: References) -> None:
+        """Match state and options by parameter name; tensors get memory, live where it exists. Changes nothing live."""
+        stored, whole = _stored_state(self.optimizer, match)
+        complete = match.wants(self.optimizer.name)
+        for group, members in self.optimizer.groups:
+            on_device = bool(group.get("capturable") or group.get("fused"))
+            for parameter in members:
+                saved_name = self._saved_name(parameter, match, stored)
+                if saved_name is not None:
+                    self._prepare_state(parameter, stored.get(saved_name, {}), match, references, complete, on_device)
+                elif complete:
+                    match.missing.append(f"{self.optimizer.name}.{parameter.names[0]}")
+            if complete:
+                self._prepare_options(group, members, match)
+        if complete:
+            self._prepare_whole(whole, match, references)
+
+    def finish(self) -> None:
+        """Install what was prepared; its tensors are filled by now."""
+        state = self.optimizer.inner.state
+        for owner, key in self._removed:
+            state[owner].pop(key, None)
+            if not state[owner]:
+                del state[owner]
+        for parameter, key, value in self._installed:
+            if key is None:
+                state[parameter] = value
+            else:
+                state.setdefault(parameter, {})[key] = value
+        for group, options in self._options:
+            _apply_options(group, options)
+
+    def _saved_name(self, parameter: Parameter, match: Match, stored: Mapping[str, Any]) -> str | None:
+        known = match.saved.options.get(self.optimizer.name, {})
+        return next((name for name in parameter.names if name in known or name in stored), None)
+
+    def _prepare_state(
+        self,
+        parameter: Parameter,
+        stored: dict[str, str],
+        match: Match,
+        references: References,
+        complete: bool,
+        on_device: bool,
+    ) -> None:
+        live = self.optimizer.inner.state.get(parameter.tensor, {})
+        for key, name in stored.items():
+            if not match.wants(name):
+                continue
+            current = live.get(key, _ABSENT)
+            if name not in match.saved.tensors:
+                value = self._decoded(name, parameter, current, match, references)
+            elif isinstance(current, torch.Tensor):
+                match.fill(leaf_of(name, current, state_cut(current, parameter, name)))
+                continue
+            else:
+                value = fresh_state(name, key, match.saved.tensors[name], parameter, on_device=on_device)
+                match.fill(leaf_of(name, value, state_cut(value, parameter, name)))
+            self._installed.append((parameter.tensor, key, value))
+        if complete:
+            self._removed += [(parameter.tensor, key) for key in live if key not in stored]
+
+    def _decoded(self, name: str, parameter: Parameter, current: Any, match: Match, references: References) -> Any:
+        live = {} if current is _ABSENT else tensors_in(current, name)
+        device = parameter.tensor.device
+        value = decode(match.object(name), name, references.finder(live, device, parameter))
+        return on_device(value, name, device)
+
+    def _prepare_whole(self, stored: dict[str, str], match: Match, references: References) -> None:
+        """State under a text instead of a parameter, as some optimizers keep it."""
+        whole: Mapping[Any, Any] = self.optimizer.inner.state
+        for key, name in stored.items():
+            live = tensors_in(whole.get(key), name)
+            self._installed.append((key, None, decode(match.object(name), name, references.finder(live))))
+
+    def _prepare_options(self, group: dict[str, Any], members: list[Parameter], match: Match) -> None:
+        known = match.saved.options.get(self.optimizer.name, {})
+        found = [(name, known[name]) for parameter in members for name in parameter.names if name in known]
+        for name, options in found:
+            match.used.add(f"{self.optimizer.name}.{name}")
+            if options is not found[0][1] and _semantic(options) != _semantic(found[0][1]):
+                raise StateMismatchError(
+                    f"optimizer '{self.optimizer.name}': '{found[0][0]}' and '{name}' are in one group here and were "
+                    f"saved with different options ({_differing(options, found[0][1])}): give them groups of their own",
+                    names=[found[0][0], name],
+                )
+        if found:
+            path = f"{self.optimizer.name}.options"
+            self._options.append((group, decode_object(_semantic(found[0][1]), path, from_array)))
+
+
+def _stored_state(optimizer: NamedOptimizer, match: Match) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Saved state of an optimizer: parameter → key → full name, and key → full name for that of the whole optimizer."""
+    prefix = f"{optimizer.name}.state."
+    found: dict[str, dict[str, str]] = {}
+    whole: dict[str, str] = {}
+    for name in match.saved.under.get(optimizer.name.partition(".")[0], ()):
+        if name.startswith(prefix):
+            key, dot, parameter = name[len(prefix) :].partition(".")
+            (found.setdefault(parameter, {}) if dot else whole)[key] = name
+    return found, whole
+
+
+def _semantic(options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key not in IMPLEMENTATION}
+
+
+def _differing(one: Any, other: Any) -> str:
+    keys = [key for key in _semantic(one) if one.get(key) != other.get(key)] or ["their names"]
+    return ", ".join(keys)
+
+
+def _apply_options(group: dict[str, Any], options: dict[str, Any]) -> None:
+    """Live tensors (a learning rate on the device, in a captured graph) keep their memory, numbers stay numbers."""
+    for key, value in options.items():
+        live = group.get(key)
+        if isinstance(live, torch.Tensor):
+            live.detach().copy_(torch.as_tensor(value))
+        elif isinstance(value, torch.Tensor) and isinstance(live, int | float) and value.numel() == 1:
+            group[key] = value.item()
+        else:
+            group[key] = value
