@@ -1,0 +1,200 @@
+"""A checkpoint reader in plain Python, written from docs/format.md and docs/commit.md alone: no dscheck, no torch.
+
+`read(root)` verifies every byte of the newest step and returns all of it. Slow, and short enough to be read whole."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import re
+from collections import Counter, OrderedDict, defaultdict, deque
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+
+SIZES = {
+    1: "bool int8 uint8 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2",
+    2: "int16 uint16 float16 bfloat16",
+    4: "int32 uint32 float32 complex32",
+    8: "int64 uint64 float64 complex64",
+    16: "complex128",
+}
+ITEMSIZE = {name: size for size, names in SIZES.items() for name in names.split()}
+PARTS = ("checksums", "ours", "mine")
+COLUMNS = {
+    "tensors": "name:str dtype:str shape:*i64 aliases:*str",
+    "fragments": "tensor:i32 start:*i64 stop:*i64 writer:i32 offset:i64 nbytes:i64 first_block:i64 holders:i32",
+    "ranks": "rank:i32 host:str mesh_dims:*str mesh_coordinates:*i32",
+    "holders": "ranks:*i32",
+    "files": "rank:i32 size:i64 blocks:i64" + "".join(f" {p}_offset:i64 {p}_size:i64 {p}_sha256:sha" for p in PARTS),
+}
+ARROW = {"i32": pa.int32(), "i64": pa.int64(), "str": pa.utf8(), "sha": pa.binary(32)}
+ARROW |= {f"*{name}": pa.list_(pa.field("item", kind, nullable=False)) for name, kind in ARROW.items()}
+TABLE = list(range(256))
+for _ in range(8):
+    TABLE = [(value >> 1) ^ (0x82F63B78 if value & 1 else 0) for value in TABLE]
+
+
+def check(holds: bool, what: object) -> None:
+    if not holds:
+        raise ValueError(f"damaged: {what}")
+
+
+def crc32c(data: bytes) -> int:
+    value = 0xFFFFFFFF
+    for byte in data:
+        value = TABLE[(value ^ byte) & 255] ^ (value >> 8)
+    return value ^ 0xFFFFFFFF
+
+
+def sealed(data: bytes, *kinds: str) -> dict:
+    text, digest = data[:-78], re.fullmatch(rb',"sha256":"([0-9a-f]{64})"\}\n', data[-78:])
+    check(digest is not None and hashlib.sha256(text).hexdigest() == digest[1].decode(), "seal")
+    body = json.loads(text.decode("ascii") + "}")
+    check(body["version"] == 1 and body["requires"] == [] and body["kind"] in kinds, "another version or kind")
+    return body
+
+
+def numbered(root: Path, folder: str, pattern: str) -> dict[tuple[int, ...], Path]:
+    """The objects of a folder whose names are numbers in the given pattern, by those numbers."""
+    number = pattern.replace("N", "(0|[1-9][0-9]*)")
+    found = {path: re.fullmatch(number, path.name) for path in (root / folder).glob("*")}
+    return {tuple(map(int, match.groups())): path for path, match in found.items() if match}
+
+
+def newest(root: Path) -> dict:
+    """The record of the newest step: of the newest term and its ancestry, unless that is empty and hides nothing."""
+    terms = {n: sealed(path.read_bytes(), "term") for (n,), path in numbered(root, "terms", r"N\.json").items()}
+    records = {
+        key: record
+        for key, path in numbered(root, "records", r"N-N\.json").items()
+        if (record := sealed(path.read_bytes(), "record", "tombstone"))["kind"] == "record"
+    }
+    check(all(key == (record["step"], record["term"]) for key, record in records.items()), "a record's name")
+    for term in sorted(terms, reverse=True):
+        visible, at, last = {}, term, math.inf
+        while at is not None:
+            visible |= {key: record for key, record in records.items() if key[1] == at and key[0] <= last}
+            parent = terms[at]["parent"] or {"term": None, "step": 0}
+            check(parent["term"] is None or parent["term"] < at, "a parent that is younger")
+            at, last = parent["term"], min(last, parent["step"])
+        if visible or terms[term]["parent"]:
+            return visible[max(visible)]
+    raise FileNotFoundError(f"no step in {root}")
+
+
+def tables(data: bytes, *names: str) -> tuple[list[list[SimpleNamespace]], dict[str, str]]:
+    """The rows of Arrow streams back to back, and their metadata. Unsealed ones would need more checks."""
+    source, found, metadata = pa.BufferReader(data), [], {}
+    for name in names:
+        table = pa.ipc.open_stream(source).read_all()
+        table.validate(full=True)
+        fields = [column.split(":") for column in COLUMNS[name].split()]
+        schema = pa.schema([pa.field(column, ARROW[kind], nullable=False) for column, kind in fields])
+        check(table.schema.equals(schema), f"columns of {name}")
+        metadata |= {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
+        check(metadata["dscheck.table"] == name, "another table")
+        found.append([SimpleNamespace(**row) for row in table.to_pylist()])
+    check(source.tell() == len(data), "bytes behind the last stream")
+    return found, metadata
+
+
+def digested(path: Path, size: int, sha256: str) -> bytes:
+    data = path.read_bytes()
+    check(len(data) == size and hashlib.sha256(data).hexdigest() == sha256, path)
+    return data
+
+
+def plain(value: object) -> object:
+    """A stored object as Python's. A torch tensor becomes (dtype, shape, bytes)."""
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$" not in value:
+        return {key: plain(item) for key, item in value.items()}
+    tag, v = value["$"], value.get("v")
+    if tag in ("dict", "OrderedDict", "Counter", "defaultdict"):
+        pairs = {plain(key): plain(item) for key, item in v}
+        check(len(pairs) == len(v), "a key twice")
+        if tag == "defaultdict":
+            factories = {"none": None} | {t.__name__: t for t in (bool, int, float, str, list, dict, set, tuple)}
+            return defaultdict(factories[value["factory"]], pairs)
+        return {"dict": dict, "OrderedDict": OrderedDict, "Counter": Counter}[tag](pairs)
+    if tag == "array":
+        data, shape = base64.b64decode(value["data"], validate=True), tuple(value["shape"])
+        check(len(data) == math.prod(shape) * ITEMSIZE[value["dtype"]], "an array of another size")
+        if value["lib"] == "torch":
+            return value["dtype"], shape, data
+        array = np.frombuffer(data, np.dtype(value["dtype"]).newbyteorder("<")).reshape(shape)
+        return array if value["lib"] == "numpy" else array[()]
+    if tag == "deque":
+        return deque(plain(v), value["maxlen"])
+    if tag in ("bytes", "int", "float"):
+        return {"bytes": base64.b64decode, "int": lambda text: int(text, 16), "float": float}[tag](v)
+    build = {"tuple": tuple, "set": set, "frozenset": frozenset, "complex": lambda parts: complex(*parts)}
+    return build[tag](plain(v))
+
+
+def data_file(path: Path, row: SimpleNamespace, fragments: list, block: int) -> tuple[bytes, dict, dict]:
+    """The bytes of a data file, every block of which is whole, and its two texts."""
+    data = path.read_bytes()
+    check(len(data) == row.size == row.mine_offset + row.mine_size, f"size of {path}")
+    end = max((f.offset + f.nbytes for f in fragments), default=0)
+    check(row.checksums_offset == -(-end // 8) * 8 and row.checksums_size == 4 * row.blocks, "place of checksums")
+    check(row.ours_offset == row.checksums_offset + row.checksums_size, "place of ours")
+    check(row.mine_offset == row.ours_offset + row.ours_size, "place of mine")
+    parts = {p: data[getattr(row, f"{p}_offset") :][: getattr(row, f"{p}_size")] for p in PARTS}
+    for name, part in parts.items():
+        check(hashlib.sha256(part).digest() == getattr(row, f"{name}_sha256"), f"{name} of {path}")
+    sums, number, free = np.frombuffer(parts["checksums"], "<u4").tolist(), 0, 0
+    for fragment in sorted(fragments, key=lambda f: f.offset):
+        check(fragment.offset >= free and fragment.offset % (4096 if fragment.nbytes >= 1 << 20 else 64) == 0, "offset")
+        check(fragment.first_block == number, "first block")
+        free = fragment.offset + fragment.nbytes
+        for at in range(fragment.offset, free, block):
+            check(crc32c(data[at : min(at + block, free)]) == sums[number], f"block {number} of {path}")
+            number += 1
+    check(number == row.blocks, "number of blocks")
+    return data, sealed(parts["ours"], "objects"), sealed(parts["mine"], "objects")
+
+
+def read(root: str | Path) -> SimpleNamespace:
+    """The newest step: `tensors` by name as (dtype, array of raw elements), `ours`, `options` and `mine` by rank."""
+    root, record = Path(root), newest(Path(root))
+    folder = root / "steps" / str(record["step"]) / str(record["term"])
+    plan = digested(root / "plans" / f"{record['term']}-{record['plan']['sha256']}.arrow", **record["plan"])
+    (tensors, fragments, ranks, holders), metadata = tables(plan, "tensors", "fragments", "ranks", "holders")
+    (files,), _ = tables(digested(folder / "files.arrow", **record["files"]), "files")
+    check([r.rank for r in ranks] == [row.rank for row in files] == list(range(len(ranks))), "ranks")
+    block = int(metadata["dscheck.block_bytes"])
+    stored = [
+        data_file(folder / f"data-{row.rank}.bin", row, [f for f in fragments if f.writer == row.rank], block)
+        for row in files
+    ]
+    whole, nbytes = {}, 0
+    for index, tensor in enumerate(tensors):
+        raw = f"V{ITEMSIZE[tensor.dtype]}"
+        array, seen = np.zeros(tensor.shape, raw), np.zeros(tensor.shape, bool)
+        for fragment in (f for f in fragments if f.tensor == index):
+            box = tuple(map(slice, fragment.start, fragment.stop))
+            check(not seen[box].any() and fragment.writer in holders[fragment.holders].ranks, "fragment")
+            data = stored[fragment.writer][0][fragment.offset :][: fragment.nbytes]
+            array[box] = np.frombuffer(data, raw).reshape(array[box].shape)
+            seen[box], nbytes = True, nbytes + fragment.nbytes
+        check(bool(seen.all()), f"cover of {tensor.name}")
+        for name in (tensor.name, *tensor.aliases):
+            check(name not in whole, "a name twice")
+            whole[name] = tensor.dtype, array
+    counted = {"tensors": len(tensors), "fragments": len(fragments), "ranks": len(ranks), "bytes": nbytes}
+    check(record["counts"] == {**counted, "blocks": sum(row.blocks for row in files)}, "counts")
+    ours, mine = ([{p: plain(v) for p, v in texts[i]["objects"].items()} for texts in stored] for i in (1, 2))
+    options = [
+        {n: {p: plain(o["groups"][g]) for p, g in o["parameters"].items()} for n, o in texts[1]["options"].items()}
+        for texts in stored
+    ]
+    return SimpleNamespace(record=record, tensors=whole, ours=ours, mine=mine, options=options)
