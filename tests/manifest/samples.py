@@ -77,7 +77,8 @@ class Step:
         plan = self.plan()
         content = encode_plan(plan)
         digest = Digest(len(content), hashlib.sha256(content).hexdigest())
-        put(root, plan_key(self.term, digest.sha256), content)
+        if not (root / plan_key(self.term, digest.sha256)).exists():
+            put(root, plan_key(self.term, digest.sha256), content)
         rows = [self._write_data(root, plan, rank) for rank in range(self.ranks)]
         files = encode_files(rows)
         put(root, files_key(self.step, self.term), files)
@@ -136,7 +137,7 @@ def put_term(root: Path, term: int, parent: tuple[int, int] | None = None) -> No
 
 
 def model() -> dict[str, Whole]:
-    """Tensors of all kinds: 0-d, empty, cut, over a megabyte a rank, tied, and with elements that NumPy has not."""
+    """Tensors of all kinds: 0-d, empty, cut, of several blocks a rank, tied, and with elements that NumPy has not."""
     rng = np.random.default_rng(7)
     return {
         "model.bias": Whole("float32", rng.normal(size=5).astype("<f4")),
