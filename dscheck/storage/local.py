@@ -159,7 +159,7 @@ class _FileWriter:
         self._born = os.fstat(fd)
         self._size = 0
         self._usable = True
-        self._committed = False
+        self._finished = False
 
     def write(self, data: Buffer) -> None:
         with self._final("write to") as fd:
@@ -172,20 +172,22 @@ class _FileWriter:
             size = os.fstat(fd).st_size
             if size != self._size:
                 raise OSError(errno.EIO, f"{self._size} bytes were written, and the file holds {size}")
-            self._close()
             if not self._is_ours():
                 raise OSError(errno.ENOENT, "it was deleted while it was written")
+            self._close()
             sync_directory(os.path.dirname(self._path))
-            self._committed = True
+            self._finished = True
         return size
 
     def abort(self) -> None:
         self._usable = False
+        # Removed before it is closed, and once: a closed file's inode number may be that of another's file by now.
+        with suppress(OSError):
+            if not self._finished and self._is_ours():
+                os.unlink(self._path)
+        self._finished = True
         with suppress(OSError):
             self._close()
-        with suppress(OSError):
-            if not self._committed and self._is_ours():
-                os.unlink(self._path)
 
     def __del__(self) -> None:
         with suppress(OSError):

@@ -204,6 +204,15 @@ class StorageConformance:
         writer.abort()
         assert raw("a") == b"kept"
 
+    def test_a_second_abort_leaves_the_next_object_alone(self, storage: Storage, raw: Raw) -> None:
+        for number in range(5):
+            writer = storage.create(f"a/{number}")
+            writer.write(b"given up")
+            writer.abort()
+            assert storage.put_if_absent(f"a/{number}", b"kept")
+            writer.abort()
+            assert raw(f"a/{number}") == b"kept"
+
     def test_a_finished_writer_takes_nothing_more(self, storage: Storage, raw: Raw) -> None:
         for finish in ("commit", "abort"):
             key = f"after-{finish}"
