@@ -68,7 +68,8 @@ class BoardRanks:
         self._board = board
         self._linger_s = linger_s
         self._kept: deque[_Round] = deque()
-        self._kept_lock = threading.Lock()
+        self._open: set[_Round] = set()
+        self._lock = threading.Lock()
         self._closed = False
 
     @property
@@ -93,25 +94,37 @@ class BoardRanks:
         A rank that gives up at its deadline ends the round for all: if rank 0 was inside `decide` by then, what that
         did stands, and rank 0 raises the same DeadlineError as the others.
         """
-        if self._closed:
-            raise ConfigError(f"{phase}: exchange {round!r} on ranks that are closed")
         this = _Round(round, phase, self._size, time.monotonic(), deadline)
+        with self._lock:
+            if self._closed:
+                raise ConfigError(f"{phase}: exchange {round!r} on ranks that are closed")
+            self._open.add(this)
         try:
             answer = self._outcome(this, mine, decide)
         except BoardLostError as lost:
             raise _unreachable(this, str(lost)) from lost
         except BoardTimeoutError as late:
             raise _unresponsive(this) from late
+        finally:
+            with self._lock:
+                self._open.discard(this)
         return open_answer(answer)
 
     def close(self) -> None:
-        """Drop the board; on rank 0 only when every rank has read its last answer, or `linger_s` has passed."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._rank == 0:
-            with contextlib.suppress(BoardLostError, BoardTimeoutError):
-                self._linger()
+        """Fail the rounds that this rank is still in, for all ranks, and drop the board.
+
+        On rank 0 the board goes only when every rank has read its last answer, or `linger_s` has passed.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            under_way = list(self._open)
+        with contextlib.suppress(BoardLostError, BoardTimeoutError):
+            for this in under_way:
+                self._end(this, seal_error(_failure(this, self._rank, "closed before the round had ended")))
+                self._board.put(this.wake, b"", this.deadline)
+            self._linger()
         self._board.close()
 
     def _outcome(self, this: _Round, mine: Ok | Failed, decide: Callable[[Sequence[bytes]], bytes]) -> bytes:
@@ -175,7 +188,7 @@ class BoardRanks:
 
     def _keep(self, this: _Round, until: float) -> None:
         """Remember a round that others have still to read, and forget the oldest that never was by all."""
-        with self._kept_lock:
+        with self._lock:
             self._kept.append(this)
             old = self._kept.popleft() if len(self._kept) > _KEPT_ROUNDS else None
         if old is None or self._board.absent([old.answer], until):
@@ -185,12 +198,16 @@ class BoardRanks:
         self._board.put(old.answer, seal_error(_over(old)), until)
 
     def _linger(self) -> None:
+        """Return when nobody needs the board of this rank any more, or after `linger_s`."""
         until, pause_s = time.monotonic() + self._linger_s, 0.001
-        with self._kept_lock:
-            answers = [round.answer for round in self._kept]
-        while len(self._board.absent(answers, until)) < len(answers) and time.monotonic() < until:
+        while time.monotonic() < until and (self._open or not self._all_read(until)):
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 0.02)
+
+    def _all_read(self, until: float) -> bool:
+        with self._lock:
+            answers = [round.answer for round in self._kept]
+        return len(self._board.absent(answers, until)) == len(answers)
 
 
 def _failure(this: _Round, rank: int, message: str) -> RankFailureError:

@@ -38,6 +38,8 @@ _BATCH_KEYS = 64
 # How long after its deadline an operation may still come back, so that a last look or an error can be exchanged.
 _GRACE_S = 2.0
 _CONNECT_S = 3.0
+# torch asks DNS for the peer's name, only to log it, while its own timeout runs: 5 s, often more, where DNS is slow.
+_TORCH_S = 60.0
 _LINGER_S = 2.0
 _TOKEN_KEY = "token"
 
@@ -190,7 +192,7 @@ def host_store(port: int, token: str) -> Store:
 
 
 def _tcp_store(host: str, port: int, *, hosts: bool) -> Store:
-    return cast(Store, TCPStore(host, port, None, hosts, timedelta(seconds=_CONNECT_S), wait_for_workers=False))
+    return cast(Store, TCPStore(host, port, None, hosts, timedelta(seconds=_TORCH_S), wait_for_workers=False))
 
 
 def _connect(host: str, port: int, token: str) -> Store:
