@@ -1,0 +1,1 @@
+"""What the README's numbers and the demo's output come from. Nothing in `dscheck` imports it."""
