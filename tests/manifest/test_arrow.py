@@ -63,7 +63,7 @@ def rewrite(data: bytes, table: str, change: Callable[[pa.RecordBatch], pa.Recor
 
 
 @given(plans())
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_a_plan_comes_back_as_it_was(plan: Plan) -> None:
     """format F29, F33"""
     data = encode_plan(plan)

@@ -43,14 +43,14 @@ def refuses(plan: Plan, match: str) -> None:
 
 
 @given(plans())
-@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_a_plan_that_holds_is_valid(plan: Plan) -> None:
     assert holds(plan)
     plan.validate()
 
 
 @given(st.data())
-@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_a_changed_plan_is_valid_exactly_when_it_holds(data: st.DataObject) -> None:
     plan = data.draw(mutated(data.draw(plans())))
     try:
