@@ -13,7 +13,7 @@ from dscheck.layout.region import Region
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One region of a global tensor and the live memory that holds it: `view.shape == region.shape`, an alias, no copy."""
+    """One region of a global tensor and the live memory that holds it: an alias, and `view.shape == region.shape`."""
 
     region: Region
     view: torch.Tensor
@@ -32,8 +32,8 @@ class TensorLeaf:
     """One global tensor as this rank sees it.
 
     `parts` are the non-empty regions that this rank holds, each with its live view; `holders` the global ranks, sorted,
-    that provably hold the same parts (this rank alone under Proof.CLAIM; under Proof.FIRST the one rank whose bytes count,
-    perhaps another). `owner` is the optimizer behind whose fence the tensor may be captured lazily, or None.
+    that provably hold the same parts (this rank alone under Proof.CLAIM; under Proof.FIRST the one rank whose bytes
+    count, perhaps another). `owner` is the optimizer behind whose fence the tensor may be captured lazily, or None.
     `aliases` are further names of the same tensor (tied parameters).
     """
 
@@ -54,9 +54,11 @@ class FlatState:
     `ours`: plain objects by path that should be equal on all ranks; `mine`: what belongs to this rank alone (RNG,
     `per_rank`). `options`: optimizer name → parameter name → the options of the parameter's group.
     Objects are already in the tagged plain form of manifest/objects.py, so they cannot change any more.
+    `mesh`: this rank's coordinate on each named dimension of the device meshes met, for the map of who held what.
     """
 
     tensors: list[TensorLeaf] = field(default_factory=list)
     ours: dict[str, Any] = field(default_factory=dict)
     mine: dict[str, Any] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    mesh: tuple[tuple[str, int], ...] = ()

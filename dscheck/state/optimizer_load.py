@@ -51,11 +51,11 @@ class OptimizerLoad:
             state[owner].pop(key, None)
             if not state[owner]:
                 del state[owner]
-        for parameter, key, value in self._installed:
-            if key is None:
+        for parameter, entry, value in self._installed:
+            if entry is None:
                 state[parameter] = value
             else:
-                state.setdefault(parameter, {})[key] = value
+                state.setdefault(parameter, {})[entry] = value
         for group, options in self._options:
             _apply_options(group, options)
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import Shard as TorchShard
 from torch.distributed.tensor.placement_types import _StridedShard as TorchStridedShard
 
 from dscheck.errors import StateError
+from dscheck.layout.flat import flat_range_boxes
 from dscheck.layout.placement import Placement, Replicate, Shard, StridedShard, local_pieces, local_shape
 from dscheck.layout.region import Region
 from dscheck.state.leaf import Part, Proof
@@ -83,8 +84,6 @@ def box(shape: Sequence[int], offset: Sequence[int], local_shape: Sequence[int],
 
 def flat_range(shape: Sequence[int], start: int, stop: int, local_shape: Sequence[int], rank: int) -> Cut:
     """A hand-made range of the flattened global tensor, cut into boxes."""
-    from dscheck.layout.flat import flat_range_boxes
-
     pieces, at = [], 0
     for region in flat_range_boxes(tuple(shape), start, stop):
         pieces.append((region, (at, at + region.numel)))
@@ -109,7 +108,9 @@ def dtensor_cut(tensor: DTensor, path: str) -> Cut:
     coordinate = spec.mesh.get_coordinate()
     cut = _mesh_cut(tuple(tensor.shape), spec.mesh, placements, None if coordinate is None else tuple(coordinate))
     real = tuple(tensor._local_tensor.shape)
-    if coordinate is not None and real != cut.local_shape:
+    if not cut.pieces and not tensor._local_tensor.numel():
+        return replace(cut, local_shape=real)  # torch gives empty shards several shapes
+    if real != cut.local_shape:
         raise StateError(
             f"tensor '{path}' of shape {list(tensor.shape)} with placements {spec.placements} on mesh "
             f"{list(spec.mesh.shape)}: this rank should hold {list(cut.local_shape)} and holds {list(real)}: it was "

@@ -94,8 +94,8 @@ class Match:
     def check_conflicts(self, world: int) -> None:
         if self.conflicts:
             raise StateMismatchError(
-                f"{shown(self.conflicts)} differ between the {self.saved.world} ranks that saved, and {world} load: wrap "
-                'them in dscheck.per_rank(obj, on_reshard=callable | "first" | "drop"), which says what then',
+                f"{shown(self.conflicts)} differ between the {self.saved.world} ranks that saved, and {world} load: "
+                'wrap them in dscheck.per_rank(obj, on_reshard=callable | "first" | "drop"), which says what then',
                 names=sorted(self.conflicts),
             )
 

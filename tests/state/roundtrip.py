@@ -24,7 +24,9 @@ class Checkpoint:
 
     def seen_by(self, rank: int, world: int) -> SavedState:
         """As the load room describes it to one of `world` ranks."""
-        rows = {name: SavedTensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in self.tensors.items()}
+        rows = {
+            name: SavedTensor(str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in self.tensors.items()
+        }
         tied = {alias: SavedTensor(rows[name].dtype, rows[name].shape, name) for alias, name in self.aliases.items()}
         ours, conflicted = {}, set()
         for flat in self.flats:
