@@ -94,15 +94,15 @@ class Checkpointer:
         CheckpointExistsError, UnusableStateError; with `on_failure="raise"` also the error of the last save. Any later
         fault shows on the handle and in a warning, and leaves the last committed step as it was (C8).
         """
-        began = time.perf_counter()
-        handle = SaveHandle(step, self.settings.timeout_s)
         self._refuse_closed("save")
         if self._saver.superseded is not None:
-            return self._saver.decline(step, handle, self._saver.superseded)
+            return self._saver.decline(step, self._handle(step), self._saver.superseded)
         if self.settings.when_busy == "skip" and self._saver.busy():
-            return self._saver.skip(step, handle)
+            return self._saver.skip(step, self._handle(step))
+        began = time.perf_counter()
         self._saver.drain()
-        handle.stats.stall_s["storage"] = time.perf_counter() - began
+        drained = time.perf_counter()
+        handle = self._handle(step)
         try:
             self._check_step(step)
             self._raise_last()
@@ -112,7 +112,7 @@ class Checkpointer:
             raise
         self._fences.watch({leaf.owner for leaf in flat.tensors if leaf.owner is not None}, _modules(self.state))
         self._last_handle = self._saver.save(step, flat, handle)
-        handle.stats.stall_s["call"] = time.perf_counter() - began - handle.stats.stall_s["storage"]
+        handle.stats.stall_s |= {"storage": drained - began, "call": time.perf_counter() - drained}
         return handle
 
     def load(
@@ -147,7 +147,7 @@ class Checkpointer:
                 self._unusable = f"the load of step {decision.record.step} failed half way: {error}"
             raise
         self._unusable = None
-        self._last_step = decision.record.step
+        self._last_step, self._last_handle = decision.record.step, None
         self._saver.continue_from(_lineage(decision, (decision.record.term, decision.record.step)))
         return decision.record.step
 
@@ -184,6 +184,9 @@ class Checkpointer:
         seen = loader.look()
         self._has_commits = seen.record is not None
         self._saver.continue_from(_lineage(seen, None))
+
+    def _handle(self, step: int) -> SaveHandle:
+        return SaveHandle(step, self.settings.timeout_s)
 
     def _check_step(self, step: int) -> None:
         if type(step) is not int or step < 0:

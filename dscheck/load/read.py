@@ -47,20 +47,21 @@ class Reader:
         try:
             self._check()
             buffer = torch.empty(read.stop - read.start, dtype=torch.uint8)
+            data = memoryview(buffer.numpy().data)
             key = self._contents.key(read.rank)
-            self._contents.storage.read_into(key, read.start, memoryview(buffer.numpy()))
+            self._contents.storage.read_into(key, read.start, data)
             for need in read.needs:
-                self._verify(need, buffer, read, key)
+                self._verify(need, data, read, key)
             for need in read.needs:
                 _deliver(need, buffer, need.fragment.offset - read.start)
         except BaseException:
             self._failed.set()
             raise
 
-    def _verify(self, need: Need, buffer: torch.Tensor, read: Read, key: str) -> None:
+    def _verify(self, need: Need, data: memoryview, read: Read, key: str) -> None:
         block = self._block_bytes
         start, stop = need.extent(block)
-        found = crc32c_blocks(buffer.numpy()[start - read.start : stop - read.start], block)
+        found = crc32c_blocks(data[start - read.start : stop - read.start], block)
         first = need.fragment.first_block + need.first
         stored = self._checksums[read.rank][first : first + len(found)]
         if not np.array_equal(found, stored):

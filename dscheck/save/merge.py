@@ -156,13 +156,14 @@ def _prove(row: TensorRow, groups: Mapping[Region, Sequence[_Group]]) -> None:
     try:
         prove_cover(row.name, row.shape, list(groups))
     except LayoutError as error:
-        if getattr(error, "overlap", None) is None:
+        overlap = error.fields.get("overlap")
+        if overlap is None:
             raise
         ranks = sorted(
-            {r for box, rivals in groups.items() if box.intersect(error.overlap) for g in rivals for r in g.present}
+            {r for box, rivals in groups.items() if box.intersect(overlap) for g in rivals for r in g.present}
         )
         raise StateError(
-            f"tensor '{row.name}': ranks {ranks} claim different regions that overlap in {error.overlap}. {ADVICE}",
+            f"tensor '{row.name}': ranks {ranks} claim different regions that overlap in {overlap}. {ADVICE}",
             path=row.name,
             ranks=ranks,
         ) from error

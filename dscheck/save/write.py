@@ -71,7 +71,7 @@ def write_file(
     `fragments` are host bytes (1-D uint8) in the order of the plan; they must not change until this returns. `stop` is
     called between writes and raises to give up. After any error nothing is left that a reader could take for whole.
     """
-    pieces = [piece.numpy() for piece in fragments]
+    pieces = [memoryview(piece.numpy().data) for piece in fragments]
     offsets, _, _ = place([piece.nbytes for piece in pieces], block_bytes)
     writer = storage.create(key)
     try:
@@ -79,7 +79,7 @@ def write_file(
         checksums = []
         for offset, piece in zip(offsets, pieces, strict=True):
             out.pad_to(offset)
-            out.write(memoryview(piece))
+            out.write(piece)
             checksums.append(crc32c_blocks(piece, block_bytes))
         out.pad_to(align(out.offset, CHECKSUM_ALIGNMENT))
         crcs = np.concatenate(checksums) if checksums else np.empty(0, np.uint32)

@@ -1,0 +1,5 @@
+"""`dscheck ls | inspect | verify`: what a root holds, without a GPU, and for `ls` without torch or pyarrow."""
+
+from dscheck.cli.app import main
+
+__all__ = ["main"]

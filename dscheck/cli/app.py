@@ -1,0 +1,63 @@
+"""The command line's commands and exit codes: 0 all well, 1 damaged or not there, 2 wrong usage."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from dscheck.errors import ConfigError, DscheckError
+
+app = typer.Typer(
+    name="dscheck",
+    help="Look at checkpoints: which steps there are, what is in them, and whether every byte is what it should be.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Root = Annotated[str, typer.Argument(help="A directory or URL that a Checkpointer saves to.", show_default=False)]
+Step = Annotated[int | None, typer.Argument(help="The step; the newest committed one by default.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def ls(root: Root, json: Json = False) -> None:
+    """List the steps: when each was committed, its size, its ranks and how long it took."""
+    from dscheck.cli.ls import show
+
+    show(root, json)
+
+
+@app.command()
+def inspect(
+    root: Root,
+    step: Step = None,
+    tensor: Annotated[
+        str | None, typer.Option(help="Show the fragments of this tensor: who holds and who wrote what.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show the tensors of a step, or the fragments of one tensor."""
+    from dscheck.cli.inspect import show
+
+    show(root, step, tensor, json)
+
+
+@app.command()
+def verify(root: Root, step: Step = None, json: Json = False) -> None:
+    """Read every block of a step and list what is damaged. Exit code 1 when anything is."""
+    from dscheck.cli.verify import show
+
+    if not show(root, step, json):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """The console script. Errors of dscheck are one line on stderr; anything else is a bug and shows its trace."""
+    try:
+        app()
+    except DscheckError as error:
+        print(f"dscheck: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -1,0 +1,99 @@
+"""`dscheck inspect`: the tensors of a step, and for one tensor who holds and who wrote what."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from dscheck.cli.step import open_step
+from dscheck.cli.text import console, ranks, size, table
+from dscheck.commit.contents import Contents
+from dscheck.errors import CheckpointNotFoundError
+
+
+def show(root: str, step: int | None, tensor: str | None, as_json: bool) -> None:
+    """Print one row a tensor, or one a fragment of `tensor`. Raises CheckpointNotFoundError for a name that is not
+    there.
+    """
+    contents = open_step(root, step)
+    rows = tensors(contents) if tensor is None else fragments(contents, tensor)
+    if as_json:
+        print(json.dumps({"step": contents.record.step, "term": contents.record.term, "rows": rows}, indent=2))
+        return
+    print(f"step {contents.record.step} of term {contents.record.term}: {_summary(contents)}")
+    right = ("bytes", "fragments", "offset")
+    if not rows:
+        return
+    shown = table(tensor or "", *rows[0], right=right)
+    for row in rows:
+        shown.add_row(*(_cell(name, value) for name, value in row.items()))
+    console().print(shown)
+
+
+def tensors(contents: Contents) -> list[dict[str, Any]]:
+    """Name, aliases, dtype, shape and number of fragments of each tensor."""
+    count = Counter(fragment.tensor for fragment in contents.plan.fragments)
+    return [
+        {
+            "tensor": row.name,
+            "dtype": row.dtype,
+            "shape": list(row.shape),
+            "bytes": row.nbytes,
+            "fragments": count[number],
+            "aliases": list(row.aliases),
+        }
+        for number, row in enumerate(contents.plan.tensors)
+    ]
+
+
+def fragments(contents: Contents, tensor: str) -> list[dict[str, Any]]:
+    """The fragments of one tensor: its box, its holders, its writer with host and mesh coordinate, and where it
+    lies.
+    """
+    index = contents.plan.index()
+    if tensor not in index:
+        close = difflib.get_close_matches(tensor, index, n=3)
+        hint = f"; close are {', '.join(close)}" if close else ""
+        raise CheckpointNotFoundError(f"step {contents.record.step} has no tensor '{tensor}'{hint}", tensor=tensor)
+    plan = contents.plan
+    return [
+        {
+            "region": str(fragment.region),
+            "held by": list(plan.holders[fragment.holders]),
+            "written by": fragment.writer,
+            "host": plan.ranks[fragment.writer].host,
+            "mesh": dict(plan.ranks[fragment.writer].mesh),
+            "file": contents.key(fragment.writer),
+            "offset": fragment.offset,
+            "bytes": fragment.nbytes,
+        }
+        for fragment in plan.fragments_of(index[tensor])
+    ]
+
+
+def _summary(contents: Contents) -> str:
+    counts = contents.record.counts
+    return (
+        f"{counts.tensors} tensors, {counts.fragments} fragments, {size(counts.bytes)}, written by {counts.ranks} "
+        f"ranks "
+        f"in {contents.record.committed - contents.record.started:.2f} s"
+    )
+
+
+def _cell(name: str, value: Any) -> str:
+    if name == "bytes":
+        return size(value)
+    if name == "held by":
+        return ranks(tuple(value))
+    if isinstance(value, dict):
+        return " ".join(f"{key}={item}" for key, item in value.items())
+    if name == "shape":
+        return _joined(value, " x ") or "scalar"
+    return _joined(value, " ") if isinstance(value, list) else str(value)
+
+
+def _joined(values: Iterable[Any], between: str) -> str:
+    return between.join(map(str, values))

@@ -1,0 +1,56 @@
+"""`dscheck ls`: the steps of a root, from its records alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from dscheck.cli.text import console, size, table, when
+from dscheck.commit.history import read_history
+from dscheck.errors import CheckpointNotFoundError
+from dscheck.storage import open_storage
+
+
+def show(root: str, as_json: bool) -> None:
+    """Print one row a step. Raises CheckpointNotFoundError when there is no root at all."""
+    rows = steps(root)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    shown = table(
+        root, "step", "term", "history", "committed", "size", "tensors", "ranks", "took", right=("step", "size", "took")
+    )
+    for row in rows:
+        numbers = (str(row["step"]), str(row["term"]), row["history"], when(row["committed"]), size(row["bytes"]))
+        shown.add_row(*numbers, str(row["tensors"]), str(row["ranks"]), f"{row['took_s']:.2f} s")
+    console().print(shown)
+    if not rows:
+        print("no steps yet")
+
+
+def steps(root: str) -> list[dict[str, Any]]:
+    """What `ls` knows of each committed step, ascending; `history` is newest, live or abandoned."""
+    storage = open_storage(root)
+    history = read_history(storage)
+    if not history.terms and next(iter(storage.list("")), None) is None:
+        raise CheckpointNotFoundError(f"{storage.url}: there is no checkpoint root here")
+    rows = []
+    for ref in sorted({*history.visible, *history.abandoned}):
+        record = history.record(ref)
+        state = "newest" if ref == history.newest else "live" if ref in history.visible else "abandoned"
+        counts = record.counts
+        rows.append(
+            {
+                "step": ref.step,
+                "term": ref.term,
+                "history": state,
+                "committed": record.committed,
+                "took_s": record.committed - record.started,
+                "bytes": counts.bytes,
+                "tensors": counts.tensors,
+                "fragments": counts.fragments,
+                "ranks": counts.ranks,
+                "versions": dict(record.versions),
+            }
+        )
+    return rows

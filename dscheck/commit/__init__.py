@@ -1,0 +1,19 @@
+"""When a step exists: terms claimed, records published once, the history read. Source: docs/commit.md."""
+
+from dscheck.commit.history import History, StepRef, read_history
+from dscheck.commit.publish import await_record, check_files, publish, put_files, put_plan
+from dscheck.commit.term import assert_newest, claim, confirm
+
+__all__ = [
+    "History",
+    "StepRef",
+    "assert_newest",
+    "await_record",
+    "check_files",
+    "claim",
+    "confirm",
+    "publish",
+    "put_files",
+    "put_plan",
+    "read_history",
+]
