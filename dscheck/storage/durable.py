@@ -35,7 +35,7 @@ class Directories:
         """`folder`, the root or below it, exists, and so do on disk its entry and those of all directories above.
 
         A directory that is there already is synced too, once: another rank may have made it a moment ago.
-        Raises OSError, NotADirectoryError for a link in the place of a directory.
+        `check` comes first: this follows links. Raises OSError.
         """
         if folder in self._durable:
             return
@@ -74,7 +74,6 @@ class Directories:
             os.mkdir(folder)
             made = True
         except FileExistsError:
-            self.check(folder)
             made = False
         try:
             sync_directory(os.path.dirname(folder))

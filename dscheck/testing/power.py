@@ -86,8 +86,7 @@ class _LooseWriter:
     def commit(self) -> int:
         with self._disk._lock:
             size = self._writer.commit()
-            if self._disk._loose.get(self._key) is self._written:
-                del self._disk._loose[self._key]
+            self._disk._loose.pop(self._key, None)
         return size
 
     def abort(self) -> None:

@@ -123,3 +123,10 @@ def test_a_new_root_is_synced_from_above_before_its_first_object(disk: Disk, sto
         "fsync runs/7/a/b",
         "fsync runs/7/a",
     ]
+
+
+def test_a_linked_root_is_synced_where_it_really_lies(disk: Disk) -> None:
+    os.makedirs(os.path.join(disk.base, "real", "7"))
+    os.symlink(os.path.join(disk.base, "real", "7"), os.path.join(disk.base, "run"))
+    put(disk, LocalStorage(os.path.join(disk.base, "run")), "a")
+    assert "fsync real" in disk.calls()
