@@ -162,6 +162,14 @@ def test_a_late_rank_reads_the_answer_at_once(make_ranks: MakeRanks, mine: Ok | 
     assert left_on_board(members[0]) == set()
 
 
+def test_a_deadline_that_has_passed_is_not_waited_for(make_ranks: MakeRanks) -> None:
+    members = make_ranks(2)
+    started = time.monotonic()
+    with pytest.raises(DeadlineError):
+        ask(members[1], timeout_s=-1.0)
+    assert time.monotonic() - started < 1
+
+
 def test_a_late_rank_0_does_not_decide_a_round_that_is_over(make_ranks: MakeRanks) -> None:
     members = make_ranks(3)
     run_ranks(3, lambda r: None if r.rank == 0 else ask(r, timeout_s=0.2), ranks=members)
@@ -290,9 +298,10 @@ def test_nothing_stays_on_the_board(make_ranks: MakeRanks) -> None:
 
     def fn(ranks: Ranks) -> None:
         ask(ranks, round="good")
-        for name, mine, timeout_s in [("bad", Failed("no"), 5.0), ("again", Failed("no"), 5.0)]:
+        for name, failed in [("one", {1}), ("all", {0, 1, 2})]:
+            mine = Failed("x" * 70_000) if ranks.rank in failed else Ok(bytes(70_000))
             with pytest.raises(RankFailureError):
-                ask(ranks, mine if ranks.rank == 1 else Ok(bytes(70_000)), round=name, timeout_s=timeout_s)
+                ask(ranks, mine, round=name)
 
     assert run_ranks(3, fn, ranks=members) == [None] * 3
     assert left_on_board(members[0]) == set()

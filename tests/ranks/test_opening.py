@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,7 @@ import torch.distributed as dist
 
 from dscheck.errors import ConfigError
 from dscheck.ranks import Solo, open_ranks
-from dscheck.ranks.board import BoardLostError
-from dscheck.ranks.store import StoreBoard, StoreRanks, host_store
+from dscheck.ranks.opening import _group_device
 
 
 def test_without_torch_distributed_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,18 +42,12 @@ def test_the_protocol_loads_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
-def test_another_jobs_store_is_not_taken_for_ours() -> None:
-    server = host_store(0, "theirs")
-    board = StoreBoard(["localhost"], server.port, "ours")
-    ranks = StoreRanks(1, 2, board)
-    with pytest.raises(BoardLostError, match="another job's store listens there"):
-        board.put("key", b"", time.monotonic() + 5)
-    ranks.close()
-
-
-def test_the_first_host_that_leads_to_the_store_is_taken() -> None:
-    server = host_store(0, "ours")
-    board = StoreBoard(["no-such-host.invalid", "localhost"], server.port, "ours", server)
-    board.put("key", b"value", 0.0)
-    assert board.look("key", 0.0) == b"value"
-    board.close()
+@pytest.mark.parametrize(
+    ("backends", "device"),
+    [("cpu:gloo,cuda:gloo", "cpu"), ("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda"), ("xpu:xccl", "xpu")],
+)
+def test_the_address_travels_on_a_device_that_the_group_can_move(
+    monkeypatch: pytest.MonkeyPatch, backends: str, device: str
+) -> None:
+    monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
+    assert _group_device().type == device
