@@ -185,7 +185,15 @@ def one_mesh(grid: Grid, mesh: DeviceMesh) -> nn.Module:
     return module
 
 
-BUILDS = (shard_rows, shard_columns, linear_layers, one_mesh)
+def bare_strided(grid: Grid, mesh: DeviceMesh) -> nn.Module:
+    """Strided shards whose factor no other mesh dimension explains: several boxes, put side by side (trap 3)."""
+    if grid.tensor:
+        return nn.Module()
+    cuts = (*(TorchReplicate() for _ in grid.data[1:]), _StridedShard(0, split_factor=3))
+    return bag(distribute_tensor(torch.from_numpy(counting((n, 2))), mesh, cuts, src_data_rank=None) for n in SIZES)
+
+
+BUILDS = (shard_rows, shard_columns, linear_layers, one_mesh, bare_strided)
 
 
 def one_rank(grid: Grid, rank: int) -> dict[str, dict[str, Held]]:
