@@ -258,4 +258,4 @@ def _cut(live: torch.Tensor, host: torch.Tensor, piece_bytes: int) -> Iterator[t
         yield live, host
         return
     rows = max(1, piece_bytes // (live[0].numel() * live.itemsize))
-    yield from zip(live.split(rows), host.split(rows), strict=True)
+    yield from zip(torch.split(live, rows), torch.split(host, rows), strict=True)

@@ -34,7 +34,8 @@ class Fences:
         for module in modules:
             if module not in self._modules:
                 self._modules.add(module)
-                self._handles.append(module.register_load_state_dict_pre_hook(self._before_module_load))
+                hook = module.register_load_state_dict_pre_hook(self._before_module_load)  # type: ignore[no-untyped-call]
+                self._handles.append(hook)
 
     def guard(self, capture: Capture | None) -> None:
         """Hold back for `capture` from now on; None when it is over."""

@@ -1,4 +1,4 @@
-"""The six accidents that torch.distributed.checkpoint 2.13 turns into silent loss: here each is an error, or harmless."""
+"""The six accidents that torch.distributed.checkpoint 2.13 turns into silent loss: each is an error here, or harmless."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_2_a_flipped_bit_is_an_error_that_names_the_fragment(root: LocalStorage)
 
 
 def test_3_a_save_aborted_over_an_existing_step_leaves_that_step_as_it_was(root: LocalStorage) -> None:
-    """DCP: the old index points at new bytes. Here no object is overwritten, and the same step again is another term's."""
+    """DCP: the old index points at new bytes. Here no object is overwritten: the same step again is another term's."""
     before = {path: path.read_bytes() for path in Path(root.root).rglob("*") if path.is_file()}
     fault = fail_at("write", "steps/*", times=None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +48,7 @@ def _boxes(draw: Any, shape: tuple[int, ...], ranks: int) -> list[Piece]:
     for length in shape:
         parts = draw(st.integers(1, max(1, ranks // len(cells))))
         points = _points(draw, length, parts)
-        cells = [(*cell, pair) for cell in cells for pair in zip(points, points[1:], strict=False)]
+        cells = [(*cell, pair) for cell in cells for pair in itertools.pairwise(points)]
     return [Box(tuple(a for a, _ in cell), tuple(b for _, b in cell)) for cell in cells]
 
 
@@ -58,7 +59,7 @@ def cuts(draw: Any, shape: tuple[int, ...], ranks: int) -> list[Piece | None]:
         pieces = _boxes(draw, shape, ranks)
     else:
         points = _points(draw, int(torch.Size(shape).numel()), draw(st.integers(1, ranks)))
-        pieces = [Range(a, b) for a, b in zip(points, points[1:], strict=False)]
+        pieces = [Range(a, b) for a, b in itertools.pairwise(points)]
     spare = ranks - len(pieces)
     extra = draw(st.lists(st.sampled_from([*pieces, None]), min_size=spare, max_size=spare))
     return draw(st.permutations([*pieces, *extra]))

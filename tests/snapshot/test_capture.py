@@ -13,7 +13,8 @@ from dscheck.snapshot import Arena, Capture, Fences, Lanes, Source, bits, sample
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex32, torch.complex64, torch.complex128,
-    torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32, torch.int64,
+    torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int8, torch.int16, torch.int32,
+    torch.int64,
     torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz, torch.float8_e8m0fnu,
 ]  # fmt: skip
 
@@ -94,7 +95,7 @@ def test_a_step_behind_removed_hooks_is_refused_by_samples_or_versions(kind: str
     capture = training.capture()
     training.fences.remove()
     training.step()
-    with pytest.raises(TornSnapshotError, match="its values changed|was written to"):
+    with pytest.raises(TornSnapshotError, match=r"its values changed|was written to"):
         capture.run()
 
 
