@@ -60,9 +60,13 @@ class SharedBoard:
             self._check()
             return keys.values.get(key)
 
-    def read(self, keys: Sequence[str], until: float) -> list[bytes]:
+    def look(self, key: str, until: float) -> bytes | None:
+        with self._alive() as keys:
+            return keys.values.get(key)
+
+    def read(self, keys: Sequence[str], until: float) -> list[bytes] | None:
         with self._alive() as shared:
-            return [shared.values[key] for key in keys]
+            return [shared.values[key] for key in keys] if shared.values.keys() >= set(keys) else None
 
     def absent(self, keys: Sequence[str], until: float) -> list[str]:
         with self._alive() as shared:
@@ -91,10 +95,10 @@ class SharedBoard:
             raise BoardLostError("its board in this process was closed")
 
 
-def thread_ranks(n: int) -> list[Ranks]:
-    """N ranks that share a board in this process: rank i for thread i."""
+def thread_ranks(n: int, linger_s: float = 5.0) -> list[Ranks]:
+    """N ranks that share a board in this process: rank i for thread i. Rank 0 closes last, as far as `linger_s` allows."""
     keys = _Keys()
-    return [BoardRanks(rank, n, SharedBoard(keys, hosts=rank == 0), linger_s=0.0) for rank in range(n)]
+    return [BoardRanks(rank, n, SharedBoard(keys, hosts=rank == 0), linger_s=linger_s) for rank in range(n)]
 
 
 def run_ranks(
