@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from dscheck.errors import StateError
 from dscheck.state.leaf import Proof
 from dscheck.state.names import Names
-from dscheck.state.placements import Cut, dtensor_cut, replicated, whole
+from dscheck.state.placements import Cut, cut_of, replicated
 
 _EXTRA = "_extra_state"
 
@@ -68,9 +68,9 @@ def read_module(name: str, module: nn.Module, rank: int) -> ModuleState:
             live = live if live is not None else {id(buffer) for buffer in module.buffers()}
             if id(tensor) not in live:
                 _refuse_computed(path, key, tensor, module)
-        cut = dtensor_cut(tensor, path) if isinstance(tensor, DTensor) else replicas.get(id(tensor))
+        cut = None if isinstance(tensor, DTensor) else replicas.get(id(tensor))
         owned = isinstance(tensor, nn.Parameter) and id(tensor) not in rewritten
-        state.tensors.append(ModuleTensor(path, tensor, cut or whole(tensor.shape, rank), owned))
+        state.tensors.append(ModuleTensor(path, tensor, cut or cut_of(tensor, path, rank), owned))
     return state
 
 

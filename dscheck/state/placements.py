@@ -18,6 +18,7 @@ from dscheck.layout.flat import flat_range_boxes
 from dscheck.layout.placement import Placement, Replicate, Shard, StridedShard, local_pieces, local_shape
 from dscheck.layout.region import Region
 from dscheck.state.leaf import Part, Proof
+from dscheck.state.tensors import refuse_unstorable
 
 Box = Region | tuple[int, int]
 """Where a piece lies in the local tensor: a box of it, or a range of it once flattened."""
@@ -92,7 +93,8 @@ def flat_range(shape: Sequence[int], start: int, stop: int, local_shape: Sequenc
 
 
 def cut_of(tensor: torch.Tensor, path: str, rank: int) -> Cut:
-    """The cut of a tensor about which nothing but itself is known."""
+    """The cut of a tensor about which nothing but itself is known. Raises StateError for what cannot be stored."""
+    refuse_unstorable(tensor, path)  # before its shape is asked for: not all of those have one
     return dtensor_cut(tensor, path) if isinstance(tensor, DTensor) else whole(tensor.shape, rank)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from dscheck.errors import StateError
@@ -30,12 +31,14 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def refuse_unstorable(tensor: torch.Tensor, path: str) -> None:
-    """Raise StateError, naming `path`, for what has no plain bytes of its own."""
+    """Raise StateError, naming `path`, for what has no plain bytes of its own. A DTensor has its local tensor's."""
     if reason := _unstorable(tensor):
         raise StateError(f"tensor '{path}' {reason}", path=path)
 
 
 def _unstorable(tensor: torch.Tensor) -> str | None:
+    if isinstance(tensor, DTensor):
+        return None
     if torch.nn.parameter.is_lazy(tensor):
         return "is not initialized yet: run a forward pass, or give the layer its sizes, before it is saved or loaded"
     if tensor.device.type == "meta":

@@ -52,7 +52,7 @@ def save(states: Mapping[str, Any] | Sequence[FlatState], **settings: Any) -> Ch
     for rank, flat in enumerate(flats):
         json.dumps([flat.ours, flat.mine, flat.options], allow_nan=False)
         for leaf in flat.tensors:
-            whole = tensors.setdefault(leaf.name, torch.zeros(leaf.shape, dtype=torch_dtype(leaf.dtype)))
+            whole = tensors.setdefault(leaf.name, zeros(leaf.shape, torch_dtype(leaf.dtype)))
             count = written.setdefault(leaf.name, torch.zeros(leaf.shape, dtype=torch.int32))
             assert tuple(whole.shape) == leaf.shape
             aliases.update(dict.fromkeys(leaf.aliases, leaf.name))
@@ -61,6 +61,13 @@ def save(states: Mapping[str, Any] | Sequence[FlatState], **settings: Any) -> Ch
     holes = [name for name, count in written.items() if count.numel() and count.min() < 1]
     assert not holes, f"not covered: {holes}"
     return Checkpoint(tensors, aliases, [FlatState([], f.ours, f.mine, f.options, f.mesh) for f in flats])
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """torch.zeros, for the dtypes too that it does not know."""
+    tensor = torch.empty(shape, dtype=dtype)
+    tensor.untyped_storage().fill_(0)
+    return tensor
 
 
 def _copy(leaf: TensorLeaf, whole: torch.Tensor, count: torch.Tensor) -> None:
