@@ -1,0 +1,327 @@
+"""The commit protocol of docs/commit.md as actors over one storage, with a switch for all that might be left out.
+
+Keys: ("term", n) -> Claim, ("plan", term, name), ("data", term, step), ("files", term, step) and ("record", term, step)
+-> Committed or TOMBSTONE. One data object stands for those of all ranks. A listing with the reads that follow it is one
+step here: terms are never deleted, and a record that is gone when it is read makes the reader list again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from tests.commit.explorer import ERROR, Actor, Delete, Get, Key, Look, Note, Put, Step, Store, actor
+
+Run = Generator[Step | Note, Any, Any]
+TOMBSTONE = "tombstone"
+
+
+class Claim(NamedTuple):
+    """`saw`, for the checker alone: the records that the claiming job knew of. Any other it left unknowingly."""
+
+    owner: str
+    parent: tuple[int, int] | None
+    saw: frozenset[Any] = frozenset()
+
+
+class Committed(NamedTuple):
+    term: int
+    step: int
+    owner: str
+    plan: Key
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The protocol when all are True; each False is one mutation that the checker must catch."""
+
+    # Terms
+    terms: bool = True
+    claim_put_if_absent: bool = True
+    lost_claim_read_back: bool = True
+    each_claim_has_its_id: bool = True
+    look_after_claim: bool = True
+    # A step
+    plan_of_own_term: bool = True
+    files_checked: bool = True
+    record_last: bool = True
+    next_term_checked_after_data: bool = True
+    record_put_if_absent: bool = True
+    lost_record_read_back: bool = True
+    tombstone_honoured: bool = True
+    next_term_checked_before_answer: bool = True
+    failed_attempt_kept: bool = True
+    # The history
+    records_listed_first: bool = True
+    claim_alone_hides_nothing: bool = True
+    highest_term_wins: bool = True
+    parents_cut_at_resume: bool = True
+    # gc
+    gc_older_terms_only: bool = True
+    gc_tombstones: bool = True
+    gc_stops_in_doubt: bool = True
+    gc_keeps_what_newer_claims_continue: bool = True
+    gc_terms_listed_last: bool = True
+    gc_record_before_data: bool = True
+    gc_buries_deleted_records: bool = True
+    gc_keeps_tombstones: bool = True
+    gc_keeps_named_plans: bool = True
+
+
+RIGHT = Rules()
+
+
+def committed(store: Store) -> frozenset[Committed]:
+    return frozenset(value for key, value in store.items() if key[0] == "record" and value != TOMBSTONE)
+
+
+def record_names(store: Store) -> frozenset[tuple[int, int]]:
+    return frozenset(key[1:] for key in store if key[0] == "record")
+
+
+def claims(store: Store) -> frozenset[tuple[int, Claim]]:
+    return frozenset((key[1], value) for key, value in store.items() if key[0] == "term")
+
+
+def attempts(store: Store) -> frozenset[tuple[int, int]]:
+    return frozenset(key[1:] for key in store if key[0] in ("data", "files"))
+
+
+def plans(store: Store) -> frozenset[Key]:
+    return frozenset(key for key in store if key[0] == "plan")
+
+
+def newest_committed(store: Store) -> Committed | None:
+    return max(committed(store), default=None)
+
+
+def ancestry(terms: dict[int, Claim], top: int | None, cut: bool = True) -> dict[int, float]:
+    """Of each term on the way down from `top`, up to which step it counts."""
+    limits: dict[int, float] = {}
+    limit = float("inf")
+    while top is not None and top in terms:
+        limits[top] = limit
+        parent = terms[top].parent
+        if parent is None:
+            break
+        top, limit = parent if cut else (parent[0], limit)
+    return limits
+
+
+def visible_from(
+    top: int | None, records: Iterable[Committed], terms: dict[int, Claim], cut: bool = True
+) -> frozenset[Committed]:
+    limits = ancestry(terms, top, cut)
+    return frozenset(r for r in records if r.term in limits and r.step <= limits[r.term])
+
+
+def head(rules: Rules, records: frozenset[Committed], terms: dict[int, Claim]) -> int | None:
+    """The term whose ancestry is the live history: the highest one that holds a record."""
+    with_record = max((r.term for r in records), default=None)
+    top = max(terms, default=None)
+    if rules.claim_alone_hides_nothing or top is None or terms[top].parent is None:
+        return with_record
+    return top
+
+
+def visible(rules: Rules, records: frozenset[Committed], terms: dict[int, Claim]) -> frozenset[Committed]:
+    if not rules.highest_term_wins:
+        return records
+    return visible_from(head(rules, records, terms), records, terms, rules.parents_cut_at_resume)
+
+
+def newest(rules: Rules, records: frozenset[Committed], terms: dict[int, Claim]) -> Committed | None:
+    return max(visible(rules, records, terms), key=lambda r: (r.step, r.term), default=None)
+
+
+def job(rules: Rules, me: str, steps: tuple[int, ...], *, resume: int | str = "newest", tries: int = 1) -> Actor:
+    """Load ("newest", a step, or "fresh" for none), claim a term, save `steps`; a failed one is tried in a new term."""
+
+    def run() -> Run:
+        done: set[int] = set()
+        for _ in range(tries):
+            term, base = yield from load_and_claim(rules, me, resume)
+            left = [step for step in steps if term is not None and step > base and step not in done]
+            for step in left:
+                if (yield from save(rules, me, term, step)) != "acked":
+                    break
+                done.add(step)
+            if done.issuperset(left) and term is not None:
+                return
+
+    return actor(run)
+
+
+def zombie(rules: Rules, me: str, term: int, steps: tuple[int, ...]) -> Actor:
+    """A job that claimed its term long ago and does not know that another one was started."""
+
+    def run() -> Run:
+        for step in steps:
+            if (yield from save(rules, me, term, step)) != "acked":
+                return
+
+    return actor(run)
+
+
+def load_and_claim(rules: Rules, me: str, resume: int | str) -> Run:
+    """The claimed term, or None, and the step that it continues."""
+    if rules.records_listed_first:
+        records = yield Look(committed)
+        terms = dict((yield Look(claims)))
+    else:
+        terms = dict((yield Look(claims)))
+        records = yield Look(committed)
+    if any(r.term not in terms for r in records):
+        yield Note("finds damage", me, None)
+        return None, 0
+    seen = newest(rules, records, terms)
+    base = seen
+    if isinstance(resume, int):
+        base = next((r for r in visible(rules, records, terms) if r.step == resume), None)
+        if base is None:
+            return None, 0
+    if resume == "fresh":
+        base = None
+    if not rules.terms:
+        return max(terms, default=1), base.step if base else 0
+    term = yield from claim(rules, me, max(terms, default=0) + 1, base, seen, records)
+    return term, base.step if base else 0
+
+
+def claim(
+    rules: Rules, me: str, number: int, base: Committed | None, seen: Committed | None, saw: frozenset[Committed]
+) -> Run:
+    mine = Claim(me, (base.term, base.step) if base else None, saw)
+    won = yield Put(("term", number), mine, replaces=not rules.claim_put_if_absent)
+    if won is not True:
+        found = (yield Get(("term", number))) if rules.lost_claim_read_back or won is False else mine
+        ours = found == mine if rules.each_claim_has_its_id else found is not None and found.owner == me
+        if not ours:
+            return None
+    if rules.look_after_claim and (yield Look(newest_committed)) != seen:
+        return None
+    yield Note("owns", me, number)
+    return number
+
+
+def save(rules: Rules, me: str, term: int, step: int) -> Run:
+    plan = ("plan", term if rules.plan_of_own_term else 0, "p")
+    record = Committed(term, step, me, plan)
+    yield Put(plan, "p")
+    if not rules.next_term_checked_after_data and (yield Get(("term", term + 1))):
+        return "superseded"
+    outcome = None
+    if not rules.record_last:
+        outcome = yield from publish(rules, me, record)
+    if (yield from write(rules, me, term, step)) != "written":
+        return "failed"
+    return outcome or (yield from publish(rules, me, record))
+
+
+def write(rules: Rules, me: str, term: int, step: int) -> Run:
+    overwrites = not rules.terms
+    if not (yield Put(("data", term, step), me, replaces=overwrites)):
+        return "failed"
+    if rules.files_checked and (yield Get(("data", term, step))) != me:
+        return "failed"
+    if not (yield Put(("files", term, step), me, replaces=overwrites)):
+        return "failed"
+    return "written"
+
+
+def publish(rules: Rules, me: str, record: Committed) -> Run:
+    key, after = ("record", record.term, record.step), ("term", record.term + 1)
+    if rules.next_term_checked_after_data and (yield Get(after)):
+        return "superseded"
+    done = yield Put(key, record, replaces=not rules.record_put_if_absent)
+    if done is not True:
+        found = (yield Get(key)) if done is False or rules.lost_record_read_back else None
+        if found == TOMBSTONE and not rules.tombstone_honoured:
+            yield Put(key, record, replaces=True)
+            found = record
+        if found != record:
+            yield Note("gives up", me, record)
+            if not rules.failed_attempt_kept:
+                yield Delete(("data", record.term, record.step))
+            return "failed"
+    if rules.next_term_checked_before_answer and (yield Get(after)):
+        return "superseded"
+    yield Note("acknowledges", me, record)
+    return "acked"
+
+
+def gc(rules: Rules, me: str = "gc") -> Actor:
+    """Remove abandoned steps, attempts that never committed, and plans that no record names, of older terms only."""
+
+    def run() -> Run:
+        top = max(dict((yield Look(claims))), default=0)
+        if not rules.gc_older_terms_only:
+            top += 1
+        tried = sorted(name for name in (yield Look(attempts)) if name[0] < top)
+        dead = yield from bury(rules, tried, (yield Look(record_names)))
+        if dead is None:
+            return
+        if rules.gc_terms_listed_last:
+            records = yield Look(committed)
+            terms = dict((yield Look(claims)))
+        else:
+            terms = dict((yield Look(claims)))
+            records = yield Look(committed)
+        abandoned = sorted((r.term, r.step) for r in records - kept(rules, records, terms) if r.term < top)
+        for name in abandoned:
+            if not (yield from drop(rules, name)) and rules.gc_stops_in_doubt:
+                return
+        for term, step in dead:
+            yield from drop_data(term, step)
+        if not rules.gc_keeps_tombstones:
+            for name in dead:
+                yield Delete(("record", *name))
+        named = {r.plan for r in records if (r.term, r.step) not in abandoned} if rules.gc_keeps_named_plans else set()
+        for plan in sorted((yield Look(plans)) - named):
+            if plan[1] < top:
+                yield Delete(plan)
+
+    return actor(run)
+
+
+def bury(rules: Rules, tried: list[tuple[int, int]], named: frozenset[tuple[int, int]]) -> Run:
+    """Win the record names of attempts that have none: those won can never be committed. None: one is still open."""
+    dead = []
+    for name in tried:
+        if name in named:
+            continue
+        won = (yield Put(("record", *name), TOMBSTONE)) if rules.gc_tombstones else True
+        if won == ERROR:
+            found = yield Get(("record", *name))
+            if found is None and rules.gc_stops_in_doubt:
+                return None
+            won = found == TOMBSTONE
+        if won:
+            dead.append(name)
+    return dead
+
+
+def kept(rules: Rules, records: frozenset[Committed], terms: dict[int, Claim]) -> frozenset[Committed]:
+    """All that the live history shows, or would show after the first record of a newer claim."""
+    top = head(rules, records, terms)
+    tops = {top} | {t for t in terms if rules.gc_keeps_what_newer_claims_continue and (top is None or t > top)}
+    return frozenset().union(*(visible_from(t, records, terms) for t in tops))
+
+
+def drop(rules: Rules, name: tuple[int, int]) -> Run:
+    """Remove a committed step; False when its name was taken again by a late copy of the request that committed it."""
+    if not rules.gc_record_before_data:
+        yield from drop_data(*name)
+        yield Delete(("record", *name))
+        return True
+    yield Delete(("record", *name))
+    if rules.gc_buries_deleted_records and (yield Put(("record", *name), TOMBSTONE)) is not True:
+        return False
+    yield from drop_data(*name)
+    return True
+
+
+def drop_data(term: int, step: int) -> Run:
+    yield Delete(("data", term, step))
+    yield Delete(("files", term, step))

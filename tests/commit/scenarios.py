@@ -1,0 +1,142 @@
+"""The accidents that the model is put through: who is there, what the root holds, which faults may strike once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.commit.explorer import Scenario
+from tests.commit.model import Claim, Committed, Rules, gc, job, zombie
+
+
+def root(terms: dict[int, tuple[int, int] | None], commits: list[tuple[int, int]]) -> dict[tuple[Any, ...], Any]:
+    """A store that holds `terms` (number -> parent) and a complete step for each (term, step) of `commits`."""
+    records = frozenset(Committed(term, step, "old", ("plan", term, "p")) for term, step in commits)
+    store: dict[tuple[Any, ...], Any] = {}
+    for number, parent in terms.items():
+        store["term", number] = Claim("old", parent, frozenset(r for r in records if r.term < number))
+    for record in records:
+        own = (record.term, record.step)
+        store |= {record.plan: "p", ("data", *own): "old", ("files", *own): "old", ("record", *own): record}
+    return store
+
+
+def zombie_restart_and_gc(rules: Rules) -> Scenario:
+    return Scenario(
+        "a zombie, a restarted job and gc on one step",
+        root({1: None}, [(1, 100)]),
+        {"zombie": zombie(rules, "zombie", 1, (200,)), "job": job(rules, "job", (200,)), "gc": gc(rules)},
+        faults=("lost", "ghost", "echo"),
+        fragile=("record",),
+        budget=1,
+    )
+
+
+def rollback_zombie_and_gc(rules: Rules) -> Scenario:
+    return Scenario(
+        "load(300) with 400 and 500 present, then 310, while the old job goes on",
+        root({1: None}, [(1, 300), (1, 400), (1, 500)]),
+        {
+            "zombie": zombie(rules, "zombie", 1, (600,)),
+            "job": job(rules, "job", (310,), resume=300),
+            "gc": gc(rules),
+        },
+        faults=("lost", "ghost", "echo"),
+        fragile=("record",),
+        budget=1,
+    )
+
+
+def rollback_and_zombie(rules: Rules) -> Scenario:
+    return Scenario(
+        "load(300) with 400 and 500 present, then 310 and 320",
+        root({1: None}, [(1, 300), (1, 400), (1, 500)]),
+        {"zombie": zombie(rules, "zombie", 1, (600,)), "job": job(rules, "job", (310, 320), resume=300)},
+    )
+
+
+def fresh_start_over_an_old_run(rules: Rules) -> Scenario:
+    return Scenario(
+        "fresh=True over an old run that goes on",
+        root({1: None}, [(1, 100), (1, 200)]),
+        {
+            "zombie": zombie(rules, "zombie", 1, (300,)),
+            "job": job(rules, "job", (50,), resume="fresh"),
+            "gc": gc(rules),
+        },
+        faults=("lost", "ghost", "echo"),
+        fragile=("record",),
+        budget=1,
+    )
+
+
+def two_jobs_and_a_zombie(rules: Rules) -> Scenario:
+    return Scenario(
+        "two restarted jobs and a zombie, claims with lost answers",
+        root({1: None}, [(1, 100)]),
+        {
+            "zombie": zombie(rules, "zombie", 1, (200,)),
+            "one": job(rules, "one", (200,)),
+            "two": job(rules, "two", (200,)),
+        },
+        faults=("lost", "ghost", "echo"),
+        fragile=("term",),
+        budget=1,
+    )
+
+
+def two_zombies_job_and_gc(rules: Rules) -> Scenario:
+    return Scenario(
+        "the zombie that had gone back to 300, a job that continues 500, and gc",
+        root({1: None, 2: (1, 300)}, [(1, 300), (1, 500)]),
+        {"zombie": zombie(rules, "zombie", 2, (310,)), "job": job(rules, "job", (510,)), "gc": gc(rules)},
+        faults=("lost", "ghost", "echo"),
+        fragile=("record",),
+        budget=1,
+    )
+
+
+def second_try(rules: Rules) -> Scenario:
+    return Scenario(
+        "a job that tries a failed step again, and another job",
+        root({1: None}, [(1, 100)]),
+        {"job": job(rules, "job", (400,), tries=2), "other": job(rules, "other", (300,))},
+        faults=("lost", "ghost", "echo"),
+        fragile=("record", "term"),
+        budget=1,
+    )
+
+
+def lost_writes(rules: Rules) -> Scenario:
+    return Scenario(
+        "a data file that its writer believes in and nobody else sees",
+        root({1: None}, [(1, 100)]),
+        {"job": job(rules, "job", (200, 300), tries=2)},
+        faults=("dropped",),
+        fragile=("data",),
+        budget=2,
+    )
+
+
+def first_jobs(rules: Rules) -> Scenario:
+    return Scenario(
+        "two first jobs on an empty root",
+        {},
+        {"one": job(rules, "one", (100,)), "two": job(rules, "two", (100,))},
+        faults=("lost", "ghost", "echo"),
+        fragile=("record", "term"),
+        budget=1,
+    )
+
+
+ALL: list[Callable[[Rules], Scenario]] = [
+    zombie_restart_and_gc,
+    rollback_zombie_and_gc,
+    rollback_and_zombie,
+    fresh_start_over_an_old_run,
+    two_jobs_and_a_zombie,
+    two_zombies_job_and_gc,
+    second_try,
+    lost_writes,
+    first_jobs,
+]
