@@ -1,0 +1,165 @@
+"""The walk over Arrow messages alone: each rule broken once, with no pyarrow behind it that would also object."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from dscheck.manifest.arrow import FRAGMENTS, HOLDERS, RANKS, TENSORS, encode_plan
+from dscheck.manifest.messages import walk
+from tests.manifest.flat import BODY, END, Table, flat, holders_batch, holders_schema, message
+from tests.manifest.test_arrow import OTHER_SCHEMAS, rewrite
+from tests.manifest.test_plan import PLAN
+
+PLAN_STREAMS = (TENSORS, FRAGMENTS, RANKS, HOLDERS)
+
+
+def stream(schema: bytes | None = None, batch: bytes | None = None) -> bytes:
+    return (schema or message(1, holders_schema())) + (batch or message(3, holders_batch(), BODY)) + END
+
+
+def refuses(data: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        walk(data, [HOLDERS])
+
+
+def test_the_handmade_stream_is_read_by_arrow_and_by_the_walk() -> None:
+    """format F30, F31"""
+    data = stream()
+    assert pa.ipc.open_stream(data).read_all().to_pylist() == [{"ranks": [1]}, {"ranks": [2, 3]}]
+    assert walk(data, [HOLDERS]) == [(0, len(data))]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"endianness": 1},
+        {"features": [(1, 1)]},
+        {"nullable": 1},
+        {"name": b"rank"},
+        {"name": b"\xff"},
+        {"kind": 5},
+        {"children": []},
+        {"children": None},
+        {"dictionary": Table([("q", 0)])},
+        {"field_metadata": [Table([b"k", b"v"])]},
+    ],
+    ids=str,
+)
+def test_a_schema_that_is_more_than_plain_is_refused(changed: dict[str, Any]) -> None:
+    """format F31, F33"""
+    refuses(stream(schema=message(1, holders_schema(**changed))))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"rows": -1},
+        {"rows": 2**31},
+        {"rows": 3},
+        {"nodes": [(3, 0), (3, 0)]},
+        {"nodes": [(2, 1), (3, 0)]},
+        {"nodes": [(2, 0), (2, 0)]},
+        {"nodes": [(2, 0)]},
+        {"nodes": [(2, 0), (3, 0), (0, 0)]},
+        {"buffers": [(0, 0), (0, 12), (16, 0)]},
+        {"buffers": [(0, 0), (0, 12), (16, 0), (16, 12), (32, 0)]},
+        {"buffers": [(0, 8), (8, 12), (24, 0), (24, 12)]},
+        {"buffers": [(0, 0), (0, 12), (16, 0), (20, 12)]},
+        {"buffers": [(0, 0), (0, 12), (16, 0), (8, 12)]},
+        {"buffers": [(0, 0), (0, 12), (16, 0), (24, 12)]},
+        {"buffers": [(0, 0), (0, 12), (16, 0), (16, 8)]},
+        {"buffers": [(0, 0), (0, 8), (16, 0), (16, 12)]},
+        {"buffers": [(0, 0), (0, 12), (16, 0), (16, -4)]},
+        {"buffers": [(0, 0), (-8, 12), (16, 0), (16, 12)]},
+        {"compression": Table([])},
+        {"variadic": [(1, 1)]},
+    ],
+    ids=str,
+)
+def test_a_batch_whose_lengths_disagree_is_refused(changed: dict[str, Any]) -> None:
+    """format F31, F34"""
+    refuses(stream(batch=message(3, holders_batch(**changed), BODY)))
+
+
+def test_a_buffer_may_be_padded_to_64_bytes_and_no_further() -> None:
+    for size, fine in ((64, True), (72, False)):
+        buffers = [(0, 0), (0, 12), (16, 0), (16, size)]
+        data = stream(batch=message(3, holders_batch(buffers=buffers), BODY + bytes(64)))
+        if fine:
+            assert walk(data, [HOLDERS])
+        else:
+            refuses(data)
+
+
+@pytest.mark.parametrize("offsets", [(1, 1, 3), (0, 1, -1), (0, 1, 2), (0, 1, 4)])
+def test_offsets_begin_at_zero_and_end_with_the_items(offsets: tuple[int, ...]) -> None:
+    refuses(stream(batch=message(3, holders_batch(), struct.pack("<3i", *offsets) + BODY[12:])))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"version": 3},
+        {"body_bytes": -8},
+        {"body_bytes": 1 << 40},
+        {"body_bytes": 36},
+        {"metadata": [Table([b"k", b"v"])]},
+        {"size": 0},
+        {"size": -8},
+        {"size": 1 << 30},
+        {"size": 12},
+    ],
+    ids=str,
+)
+def test_a_message_of_another_frame_is_refused(changed: dict[str, Any]) -> None:
+    """format F30"""
+    refuses(stream(batch=message(3, holders_batch(), BODY + bytes(8), **changed)))
+    refuses(stream(schema=message(1, holders_schema(), **changed)))
+
+
+def test_a_schema_has_no_body() -> None:
+    """format F30"""
+    refuses(stream(schema=message(1, holders_schema(), bytes(8))))
+
+
+def test_messages_come_in_their_order() -> None:
+    """format F30"""
+    refuses(stream(schema=message(3, holders_batch(), BODY)))
+    refuses(stream(batch=message(2, holders_batch(), BODY)))
+    refuses(stream()[8:])
+    refuses(stream() + b"\0")
+    refuses(stream()[: -len(END)])
+
+
+def test_no_offset_of_a_flatbuffer_leads_outside() -> None:
+    whole = stream()
+    size = struct.unpack_from("<i", whole, 4)[0]
+    for at in range(8, 8 + size - 4, 2):
+        for value in (0xFFFFFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFF, size):
+            data = whole[:at] + struct.pack("<I", value) + whole[at + 4 :]
+            try:
+                walk(data, [HOLDERS])
+            except ValueError:
+                continue
+
+
+def test_an_empty_flatbuffer_is_refused() -> None:
+    for metadata in (bytes(8), b"\xff" * 8, flat(Table([])), struct.pack("<Ii", 4, -4), struct.pack("<Ii", 4, 4)):
+        refuses(b"\xff\xff\xff\xff" + struct.pack("<i", len(metadata)) + metadata)
+
+
+# The schema's own metadata is for the caller of the walk.
+WALKED = [
+    name for name in OTHER_SCHEMAS if name == "field metadata" or not any(w in name for w in ("metadata", "block"))
+]
+
+
+@pytest.mark.parametrize("name", [name for name in WALKED if name != "other table"])
+def test_the_walk_alone_refuses_another_schema(name: str) -> None:
+    """format F31, F33"""
+    with pytest.raises(ValueError, match=r"column|schema|message"):
+        walk(rewrite(encode_plan(PLAN), "fragments", OTHER_SCHEMAS[name]), PLAN_STREAMS)
