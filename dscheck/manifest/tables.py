@@ -15,10 +15,12 @@ from dscheck.manifest.messages import MAX_ROWS, Column, walk
 
 
 def ints(values: list[int], dtype: DTypeLike) -> pa.Array:
+    """A column of integers. Raises OverflowError when one does not fit."""
     return pa.array(np.array(values, dtype))
 
 
 def texts(values: Iterable[str]) -> pa.Array:
+    """A column of UTF-8. Raises LayoutError for what UTF-8 cannot hold, a lone surrogate."""
     try:
         return pa.array(values, pa.utf8())
     except UnicodeEncodeError as error:
@@ -26,11 +28,13 @@ def texts(values: Iterable[str]) -> pa.Array:
 
 
 def lists(rows: Sequence[Sequence[int]], dtype: DTypeLike) -> pa.Array:
+    """A column of lists of integers."""
     count = sum(map(len, rows))
     return _list_array(rows, pa.array(np.fromiter(chain.from_iterable(rows), dtype, count)))
 
 
 def text_lists(rows: Sequence[Sequence[str]]) -> pa.Array:
+    """A column of lists of UTF-8."""
     return _list_array(rows, texts(chain.from_iterable(rows)))
 
 
@@ -58,6 +62,7 @@ def _field(column: Column) -> pa.Field:
 
 
 def write(*streams: tuple[str, Sequence[Column], dict[str, str], list[pa.Array]]) -> bytes:
+    """Streams back to back: each the table's name, its columns, further metadata of the schema, and a value a column."""
     sink = pa.BufferOutputStream()
     for table, columns, metadata, arrays in streams:
         schema = _schema(table, columns, metadata)
