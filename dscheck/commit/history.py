@@ -1,175 +1,201 @@
-"""Which steps exist, and which of them belong to the live history: the records on the newest term's ancestry (C2)."""
+"""Which steps exist, and which of them are the live history: those on the ancestry of the newest record's term (C2)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
 
-from dscheck.commit.once import read_if_there
+from dscheck.commit.listing import (
+    LOOKS,
+    Changed,
+    StepRef,
+    list_records,
+    list_terms,
+    newest_record,
+    read_step,
+    unsteady,
+)
 from dscheck.commit.term import read_term
 from dscheck.errors import CheckpointNotFoundError, CorruptCheckpointError
-from dscheck.manifest.keys import parse_record_key, parse_term_key, record_key
-from dscheck.manifest.record import Record, Term, Tombstone, decode_record
+from dscheck.manifest.keys import record_key, term_key
+from dscheck.manifest.record import Record, Term, Tombstone
 from dscheck.storage.base import Storage
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class StepRef:
-    """A step as one term committed it."""
-
-    step: int
-    term: int
 
 
 @dataclass(frozen=True)
 class History:
-    """What a root held when it was listed. `names` are the records' names, of which some may turn out to be
-    tombstones.
+    """What a root held when it was listed. `names`: of all records, of which some may turn out to be tombstones.
+
+    `newest_term` is the highest claimed term, 0 for none; it may have no record yet, and then changes nothing (P18).
+    Terms and records are read when they are asked for, each once.
     """
 
     storage: Storage
     names: frozenset[StepRef]
-    terms: frozenset[int]
-    _claims: dict[int, Term] = field(default_factory=dict)
+    newest_term: int
+    newest: StepRef | None
+    _claims: dict[int, Term] = field(default_factory=dict, repr=False, compare=False)
+    _found: dict[StepRef, Record | Tombstone | None] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def newest_term(self) -> int:
-        """The highest term that was claimed, 0 for none."""
-        return max(self.terms, default=0)
+    def terms(self) -> range:
+        """All claimed terms."""
+        return range(1, self.newest_term + 1)
 
     @cached_property
     def run(self) -> str | None:
         """The id of the root's first term: the identity of the run; None before there is any."""
-        return self.claim(min(self.terms)).run if self.terms else None
+        return self.claim(1).run if self.newest_term else None
 
     @cached_property
     def visible(self) -> tuple[StepRef, ...]:
-        """The steps of the live history, ascending; tombstones are not among them.
-
-        A term that continues from nothing hides nothing before its first commit: a fresh start moves from old to new
-        at one point, and not by way of neither.
-        """
-        for head in sorted(self.terms, reverse=True):
-            found = tuple(sorted(ref for ref in self._on_ancestry(head) if self._exists(ref)))
-            if found or self.claim(head).parent is not None:
-                return found
-        return ()
-
-    @property
-    def newest(self) -> StepRef | None:
-        """The newest step of the live history."""
-        return self.visible[-1] if self.visible else None
+        """The steps of the live history, ascending (P19). Reads every record that is not of the newest term."""
+        steps: dict[int, StepRef] = {}
+        for ref in self._live_names():
+            if ref.step not in steps and self._exists(ref):
+                steps[ref.step] = ref
+        return tuple(sorted(steps.values()))
 
     @property
     def abandoned(self) -> tuple[StepRef, ...]:
-        """Committed steps of branches that no newer term continued, ascending."""
+        """Committed steps outside the live history, ascending."""
         live = set(self.visible)
         return tuple(sorted(ref for ref in self.names if ref not in live and self._exists(ref)))
 
     def claim(self, number: int) -> Term:
-        """The claim of one term, read once."""
+        """The claim of one term."""
         if number not in self._claims:
             self._claims[number] = read_term(self.storage, number)
         return self._claims[number]
 
     def record(self, ref: StepRef) -> Record:
         """The record of one step. Raises CheckpointNotFoundError when it is gone, or a tombstone."""
+        found = self._read(ref)
+        if isinstance(found, Record):
+            return found
         key = record_key(ref.step, ref.term)
-        stored = read_if_there(self.storage, key)
-        found = None if stored is None else decode_record(stored, key)
-        if not isinstance(found, Record):
-            raise CheckpointNotFoundError(f"{self.storage.url}/{key}: this step was removed meanwhile", key=key)
-        return found
+        how = "was never committed: gc gave it up" if found else "vanished: it was deleted after the root was listed"
+        raise CheckpointNotFoundError(
+            f"{self.storage.url}/{key}: step {ref.step} of term {ref.term} {how}", key=key, step=ref.step, term=ref.term
+        )
 
     def resolve(self, step: int | None) -> Record | None:
         """The record of `step`, or of the newest one; None when the newest is asked for and there is none.
 
-        Raises CheckpointNotFoundError: for an abandoned step it says which term holds it, else which steps there are.
+        Raises CheckpointNotFoundError: for an abandoned step it says which term holds it, else which steps are near;
+        CorruptCheckpointError when the record is not of the job that claimed its term.
         """
-        if step is None:
-            return None if self.newest is None else self.record(self.newest)
-        ref = next((ref for ref in self.visible if ref.step == step), None)
-        if ref is not None:
-            return self.record(ref)
-        holder = next((ref.term for ref in reversed(self.abandoned) if ref.step == step), None)
-        if holder is not None:
-            raise CheckpointNotFoundError(
-                f"{self.storage.url}: step {step} was committed by term {holder}, on a branch that was abandoned when "
-                f"a later "
-                f"term continued from an earlier step; the live history has {_listed(self.visible)}",
-                step=step,
-                term=holder,
+        ref = self.newest if step is None else self._live(step)
+        if ref is None and step is None:
+            return None
+        if ref is None:
+            raise self._no_such(step)
+        record, term = self.record(ref), self.claim(ref.term)
+        if record.term_id != term.id:
+            key = record_key(ref.step, ref.term)
+            raise CorruptCheckpointError(
+                f"{self.storage.url}/{key}: written under the claim {record.term_id}, and {term_key(ref.term)} is "
+                f"{term.id}; two roots were mixed: restore this one from a copy",
+                key=key,
             )
-        raise CheckpointNotFoundError(
-            f"{self.storage.url}: there is no step {step}; committed are {_listed(self.visible)}", step=step
+        return record
+
+    def _live(self, step: int) -> StepRef | None:
+        """The step of the live history with that number, without reading the records of the others."""
+        return next((ref for ref in self._live_names() if ref.step == step and self._exists(ref)), None)
+
+    def _no_such(self, step: int | None) -> CheckpointNotFoundError:
+        assert step is not None
+        holder = next((ref for ref in reversed(self.abandoned) if ref.step == step), None)
+        if holder is None:
+            return CheckpointNotFoundError(
+                f"{self.storage.url}: there is no step {step}; committed are {_near(step, self.visible)}", step=step
+            )
+        return CheckpointNotFoundError(
+            f"{self.storage.url}: step {step} was committed by term {holder.term}, on a branch that was abandoned when "
+            f"a later term continued from an earlier step; the live history has {_near(step, self.visible)}",
+            step=step,
+            term=holder.term,
         )
 
-    def _on_ancestry(self, head: int) -> Iterable[StepRef]:
+    def _live_names(self) -> Iterator[StepRef]:
+        """The names on the newest record's ancestry, by descending term: of each parent the steps up to the one
+        resumed from.
+        """
+        number = None if self.newest is None else self.newest.term
         limit: int | None = None
-        number: int | None = head
-        by_term: Mapping[int, list[StepRef]] = self._by_term
         while number is not None:
-            for ref in by_term.get(number, ()):
-                if limit is None or ref.step <= limit:
-                    yield ref
+            yield from (ref for ref in self._by_term.get(number, ()) if limit is None or ref.step <= limit)
             parent = self.claim(number).parent
-            if parent is not None and parent[0] >= number:
-                raise CorruptCheckpointError(f"{self.storage.url}: term {number} continues from term {parent[0]}")
             number, limit = (None, None) if parent is None else (parent[0], _lower(limit, parent[1]))
 
     @cached_property
-    def _by_term(self) -> Mapping[int, list[StepRef]]:
+    def _by_term(self) -> dict[int, list[StepRef]]:
         found: dict[int, list[StepRef]] = {}
         for ref in self.names:
             found.setdefault(ref.term, []).append(ref)
         return found
 
+    def _read(self, ref: StepRef) -> Record | Tombstone | None:
+        if ref not in self._found:
+            self._found[ref] = read_step(self.storage, ref)
+        return self._found[ref]
+
     def _exists(self, ref: StepRef) -> bool:
-        """Whether the name is a record and not a tombstone. Only terms older than the newest can have tombstones."""
-        if ref.term == self.newest_term:
-            return True
-        key = record_key(ref.step, ref.term)
-        stored = read_if_there(self.storage, key)
-        return stored is not None and not isinstance(decode_record(stored, key), Tombstone)
+        # Only terms older than the newest can have tombstones (P24), and terms were listed after the records.
+        return ref.term == self.newest_term or isinstance(self._read(ref), Record)
+
+
+def read_history(storage: Storage) -> History:
+    """List the root: records first, then terms, so that a record that is seen has its term in the later listing (P16).
+
+    Raises CorruptCheckpointError (P21) for a name that is not ours, a gap in the terms, a record without its term,
+    and plans or steps without any term; CheckpointNotFoundError when something keeps deleting what is newest (P17).
+    """
+    for _ in range(LOOKS):
+        names, newest_term = list_records(storage), list_terms(storage)
+        _refuse_orphans(storage, names, newest_term)
+        try:
+            record = newest_record(storage, names)
+        except Changed:
+            continue
+        if record is None:
+            return History(storage, names, newest_term, None)
+        newest = StepRef(record.step, record.term)
+        return History(storage, names, newest_term, newest, _found={newest: record})
+    raise unsteady(storage)
+
+
+def _refuse_orphans(storage: Storage, names: frozenset[StepRef], newest_term: int) -> None:
+    orphan = next((ref for ref in sorted(names) if not 1 <= ref.term <= newest_term), None)
+    if orphan is not None:
+        key = record_key(orphan.step, orphan.term)
+        raise CorruptCheckpointError(
+            f"{storage.url}/{key}: it is there, and {term_key(orphan.term)} is not; the root is damaged: restore it "
+            "from a copy",
+            key=key,
+        )
+    if newest_term:
+        return
+    for folder in ("steps/", "plans/"):
+        if next(iter(storage.list(folder)), None) is not None and not list_terms(storage):
+            raise CorruptCheckpointError(
+                f"{storage.url}: there is {folder} and no terms/; the root is damaged: restore it from a copy",
+                key=folder,
+            )
 
 
 def _lower(limit: int | None, step: int) -> int:
     return step if limit is None else min(limit, step)
 
 
-def _listed(refs: tuple[StepRef, ...]) -> str:
-    steps = [str(ref.step) for ref in refs]
-    if len(steps) > 8:
-        steps = [*steps[:3], "...", *steps[-4:]]
-    return ", ".join(steps) or "no steps"
-
-
-def read_history(storage: Storage) -> History:
-    """List the root. Records first: a record that is seen has its term in the later listing.
-
-    Raises CorruptCheckpointError for a name that is not ours, a record without its term, and data without any term
-    (C15).
-    """
-    names = frozenset(StepRef(*_parsed(parse_record_key, storage, entry.key)) for entry in storage.list("records/"))
-    terms = frozenset(_parsed(parse_term_key, storage, entry.key) for entry in storage.list("terms/"))
-    orphans = sorted(ref for ref in names if ref.term not in terms)
-    if orphans:
-        key = record_key(orphans[0].step, orphans[0].term)
-        raise CorruptCheckpointError(f"{storage.url}: {key} exists without its term; the root is damaged", key=key)
-    if not terms and next(iter(storage.list("steps/")), None) is not None:
-        raise CorruptCheckpointError(f"{storage.url}: there are steps/ but no terms/; the root is damaged")
-    return History(storage, names, terms)
-
-
-def _parsed(parse: Callable[[str], T | None], storage: Storage, key: str) -> T:
-    found = parse(key)
-    if found is None:
-        raise CorruptCheckpointError(
-            f"{storage.url}/{key}: dscheck writes no object of this name; remove it, or point to the right root",
-            key=key,
-        )
-    return found
+def _near(step: int, refs: tuple[StepRef, ...]) -> str:
+    """The steps around `step`, and the newest: "..., 200, 300, 400, 500, ..., 900"."""
+    steps = [ref.step for ref in refs]
+    first = max(0, sum(found < step for found in steps) - 2)
+    shown = [str(found) for found in steps[first : first + 4]]
+    before = ["..."] if first else []
+    rest = len(steps) - first - len(shown)
+    after = (["..."] if rest > 1 else []) + ([str(steps[-1])] if rest > 0 else [])
+    return ", ".join([*before, *shown, *after]) or "no steps"

@@ -1,49 +1,43 @@
-"""The one act that makes a step exist, and what must be true before it."""
+"""The one act that makes a step exist, and what must be true before it and after it."""
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Sequence
 
-from dscheck.commit.once import put_once, read_if_there
-from dscheck.commit.term import assert_newest, read_term
+from dscheck.commit.listing import StepRef, read_step
+from dscheck.commit.once import put_once
+from dscheck.commit.term import confirm, refuse_newer
 from dscheck.errors import CorruptCheckpointError, StorageError, SupersededError
 from dscheck.manifest.files import FileRow
 from dscheck.manifest.keys import attempt_prefix, data_key, files_key, plan_key, record_key
-from dscheck.manifest.record import Record, Tombstone, decode_record
+from dscheck.manifest.record import Digest, Record, Tombstone, decode_record
 from dscheck.storage.base import Storage
 
 
-def put_plan(storage: Storage, term: int, data: bytes) -> None:
+def put_plan(storage: Storage, term: int, data: bytes) -> Digest:
     """Store a plan under the digest of its bytes, for its own term only (TRAPS 37)."""
-    _put_same(storage, plan_key(term, hashlib.sha256(data).hexdigest()), data)
+    digest = Digest(len(data), hashlib.sha256(data).hexdigest())
+    _put_same(storage, plan_key(term, digest.sha256), data)
+    return digest
 
 
-def put_files(storage: Storage, step: int, term: int, data: bytes) -> None:
+def put_files(storage: Storage, step: int, term: int, data: bytes) -> Digest:
     """Store the attempt's files.arrow."""
     _put_same(storage, files_key(step, term), data)
-
-
-def _put_same(storage: Storage, key: str, data: bytes) -> None:
-    if put_once(storage, key, data) != data:
-        raise StorageError(
-            f"{storage.url}/{key}: another object is there already; no object is ever overwritten",
-            url=storage.url,
-            key=key,
-        )
+    return Digest(len(data), hashlib.sha256(data).hexdigest())
 
 
 def check_files(storage: Storage, step: int, term: int, files: Sequence[FileRow]) -> None:
     """Every data file is in the listing with the size that its rank wrote, and no other (C4). Raises StorageError."""
-    prefix = attempt_prefix(step, term)
-    found = {entry.key: entry.size for entry in storage.list(prefix)}
+    found = {entry.key: entry.size for entry in storage.list(attempt_prefix(step, term))}
     expected = {data_key(step, term, row.rank): row.size for row in files}
     for key, size in expected.items():
         if found.get(key) != size:
-            seen = "not there" if key not in found else f"of {found[key]} bytes"
+            seen = f"with {found[key]} bytes" if key in found else "without it"
             raise StorageError(
-                f"{storage.url}/{key}: its rank wrote {size} bytes, but the listing shows it {seen}; step {step} is "
-                f"not "
+                f"{storage.url}/{key}: its rank wrote {size} bytes, the listing comes {seen}; step {step} is not "
                 "committed",
                 url=storage.url,
                 key=key,
@@ -51,36 +45,76 @@ def check_files(storage: Storage, step: int, term: int, files: Sequence[FileRow]
     extra = sorted(found.keys() - expected.keys() - {files_key(step, term)})
     if extra:
         raise StorageError(
-            f"{storage.url}/{extra[0]}: nobody of this job wrote it; step {step} is not committed",
+            f"{storage.url}/{extra[0]}: no rank of this job wrote it ({len(extra)} such objects); step {step} is not "
+            "committed: save it again, in a new term",
             url=storage.url,
             key=extra[0],
         )
 
 
-def publish(storage: Storage, record: Record) -> None:
-    """Make the step exist (C1). Everything that `record` names is durable before this is called.
+def publish(storage: Storage, record: Record) -> Record:
+    """The step exists and is this job's to acknowledge (C1). All that `record` names is durable before this is called.
 
-    Returns when our record is stored, whatever answers were lost. Raises SupersededError when a newer term exists;
-    StorageError when another record or a tombstone has the name, or when the storage fails and nothing is stored.
+    Raises SupersededError when a newer term exists: before (nothing was written) or after (the step exists, and may
+    not be acknowledged: the other job may have looked before it did), or when gc gave the step up; StorageError when
+    another record has the name, or when nobody can say whether ours has: then nothing of the attempt may be deleted.
     """
     key = record_key(record.step, record.term)
-    assert_newest(storage, read_term(storage, record.term))
+    confirm(storage, record.term, record.term_id)
+    refuse_newer(storage, record.term)
     stored = decode_record(put_once(storage, key, record.encode()), key)
     if isinstance(stored, Tombstone):
-        raise SupersededError(
-            f"{storage.url}/{key}: gc of a newer term gave this step up before it was committed", term=record.term
-        )
+        raise _given_up(storage, stored)
     if stored.id != record.id:
-        raise StorageError(f"{storage.url}/{key}: another attempt has committed this step", url=storage.url, key=key)
+        raise StorageError(
+            f"{storage.url}/{key}: another attempt has committed this step; a step is tried once in a term: claim a "
+            "new one",
+            url=storage.url,
+            key=key,
+        )
+    refuse_newer(storage, record.term)
+    return stored
 
 
-def await_record(storage: Storage, step: int, term: int, identity: str) -> bool:
-    """Whether the attempt `identity` committed after all: for a rank that got no answer (C7)."""
-    key = record_key(step, term)
-    stored = read_if_there(storage, key)
-    if stored is None:
+def await_record(
+    storage: Storage, step: int, term: int, identity: str, *, deadline: float = 0.0, poll_s: float = 0.2
+) -> bool:
+    """Whether the attempt `identity` committed after all, and may be acknowledged: for a rank without an answer (C7).
+
+    Reads at once, then every `poll_s` seconds until `deadline` on time.monotonic() (the default: once).
+    Raises as `publish` does; CorruptCheckpointError when another attempt has the name.
+    """
+    while True:
+        found = read_step(storage, StepRef(step, term))
+        if found is not None or time.monotonic() >= deadline:
+            break
+        time.sleep(poll_s)
+    if found is None:
         return False
-    found = decode_record(stored, key)
-    if isinstance(found, Record) and found.id != identity:
+    if isinstance(found, Tombstone):
+        raise _given_up(storage, found)
+    if found.id != identity:
+        key = record_key(step, term)
         raise CorruptCheckpointError(f"{storage.url}/{key}: another attempt has this step's record", key=key)
-    return isinstance(found, Record)
+    refuse_newer(storage, term)
+    return True
+
+
+def _put_same(storage: Storage, key: str, data: bytes) -> None:
+    if put_once(storage, key, data) != data:
+        raise StorageError(
+            f"{storage.url}/{key}: another object is there already, and no object is ever overwritten: claim a new "
+            "term",
+            url=storage.url,
+            key=key,
+        )
+
+
+def _given_up(storage: Storage, found: Tombstone) -> SupersededError:
+    return SupersededError(
+        f"{storage.url}: step {found.step} of term {found.term} was given up by gc ({found.by}) before it was "
+        "committed, which happens only when a newer term exists: this job must not save there any more",
+        term=found.term,
+        host=found.by,
+        time=found.time,
+    )

@@ -1,54 +1,60 @@
-"""A term is one job's claim on a root: numbered, put once, and the proof that the root is one and the same for all
-ranks.
-"""
+"""A term is one job's claim on a root: numbered, put once, and the proof that the root is one place for all ranks."""
 
 from __future__ import annotations
 
 import time
 import uuid
+from dataclasses import replace
+from types import EllipsisType
 
+from dscheck.commit.listing import StepRef, look_newest
 from dscheck.commit.once import put_once, read_if_there
-from dscheck.errors import CheckpointNotFoundError, StorageError, SupersededError
+from dscheck.errors import CorruptCheckpointError, StorageError, SupersededError
 from dscheck.manifest.keys import term_key
 from dscheck.manifest.record import Term, decode_term
 from dscheck.storage.base import Storage
 
 
 def claim(
-    storage: Storage, *, seen: int, parent: tuple[int, int] | None, run: str | None, host: str, now: float
+    storage: Storage,
+    *,
+    seen: int,
+    parent: tuple[int, int] | None,
+    run: str | None,
+    host: str,
+    now: float,
+    newest: StepRef | EllipsisType | None = ...,
 ) -> Term:
     """Claim term `seen` + 1, which continues from `parent` (term, step), or from nothing.
 
-    The claim is also the probe: a second put of it must lose. Raises SupersededError with the winner's term, host and
-    time when another job was faster; StorageError when the storage does not honour put-if-absent, or fails.
+    `newest` is the newest committed step that this job knew when it chose `parent`, or committed itself since; None
+    for none. It must be the newest one still, before the claim and after it: else a step that somebody acknowledged
+    meanwhile would leave the live history (P5). `...` leaves that out.
+    Raises SupersededError, with term, host and time of the other job, when that job was faster or has committed;
+    StorageError when the storage does not honour put-if-absent (P4), or fails.
     """
+    # Before, too: a job that lost already must not stop the other one for nothing.
+    _refuse_moved(storage, newest)
     identity = uuid.uuid4().hex
     term = Term(seen + 1, identity, run or identity, parent, host, now)
     key = term_key(term.term)
     winner = decode_term(put_once(storage, key, term.encode()), key)
     if winner.id != term.id:
-        raise _superseded(storage, winner)
-    rival = Term(term.term, uuid.uuid4().hex, term.run, parent, host, now)
-    if storage.put_if_absent(key, rival.encode()) or decode_term(storage.read(key), key).id != term.id:
-        raise StorageError(
-            f"{storage.url}/{key}: a second put of the same key replaced the first; this storage does not honour "
-            "put-if-absent, on which every commit stands: choose another root",
-            url=storage.url,
-            key=key,
-        )
+        raise _superseded(storage, winner, "another job was faster")
+    _probe(storage, term)
+    _refuse_moved(storage, newest)
     return term
 
 
 def confirm(storage: Storage, term: int, identity: str) -> None:
-    """This rank sees the claim that rank 0 made. Raises StorageError when it does not: its root is another place."""
+    """This process sees the claim that rank 0 made. Raises StorageError when it does not: its root is another place."""
     key = term_key(term)
     stored = read_if_there(storage, key)
+    found = "nothing" if stored is None else f"the claim {decode_term(stored, key).id}"
     if stored is None or decode_term(stored, key).id != identity:
-        found = "nothing" if stored is None else f"the claim {decode_term(stored, key).id}"
         raise StorageError(
-            f"{storage.url}/{key}: rank 0 wrote the claim {identity} there, this rank sees {found}; the root is not "
-            f"one "
-            "shared place for all ranks (a node's own disk?): choose a root that all nodes share",
+            f"{storage.url}/{key}: rank 0 wrote the claim {identity} there, this process sees {found}; the root is "
+            "not one shared place (a node's own disk?), or it was removed: choose a root that all nodes share",
             url=storage.url,
             key=key,
         )
@@ -56,30 +62,64 @@ def confirm(storage: Storage, term: int, identity: str) -> None:
 
 def assert_newest(storage: Storage, term: Term) -> None:
     """No newer term exists. Raises SupersededError with the newer one's term, host and time."""
-    key = term_key(term.term + 1)
+    refuse_newer(storage, term.term)
+
+
+def refuse_newer(storage: Storage, term: int) -> None:
+    """`assert_newest` for a term of which only the number is known. Terms have no gaps, so one read tells."""
+    key = term_key(term + 1)
     stored = read_if_there(storage, key)
     if stored is not None:
-        raise _superseded(storage, decode_term(stored, key))
+        raise _superseded(storage, decode_term(stored, key), "another job has taken over")
 
 
-def _superseded(storage: Storage, winner: Term) -> SupersededError:
+def read_term(storage: Storage, number: int) -> Term:
+    """The claim of one term. Raises CorruptCheckpointError when it is gone: terms are never deleted."""
+    key = term_key(number)
+    stored = read_if_there(storage, key)
+    if stored is None:
+        raise CorruptCheckpointError(
+            f"{storage.url}/{key}: other objects name this term, and it is gone; the root is damaged: restore it from "
+            "a copy",
+            key=key,
+        )
+    return decode_term(stored, key)
+
+
+def _probe(storage: Storage, term: Term) -> None:
+    """A second put under the claim's name loses and changes nothing: else no commit here can be trusted (TRAPS 30)."""
+    key = term_key(term.term)
+    rival = replace(term, id=uuid.uuid4().hex)
+    if storage.put_if_absent(key, rival.encode()) or decode_term(storage.read(key), key).id != term.id:
+        raise StorageError(
+            f"{storage.url}/{key}: a second put of the same key won as well; this storage does not honour "
+            "put-if-absent, on which every commit stands: choose another root",
+            url=storage.url,
+            key=key,
+        )
+
+
+def _refuse_moved(storage: Storage, newest: StepRef | EllipsisType | None) -> None:
+    if isinstance(newest, EllipsisType):
+        return
+    found = look_newest(storage)
+    if found == newest:
+        return
+    known = "none" if newest is None else f"step {newest.step} of term {newest.term}"
+    if found is None:
+        raise CorruptCheckpointError(
+            f"{storage.url}: the newest step was {known}, and now there is none: it was deleted"
+        )
+    what = f"step {found.step} was committed there; the newest that this job knows is {known}"
+    raise _superseded(storage, read_term(storage, found.term), what)
+
+
+def _superseded(storage: Storage, winner: Term, what: str) -> SupersededError:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(winner.time))
     return SupersededError(
-        f"{storage.url}: a job on host '{winner.host}' claimed term {winner.term} at {since}, which is newer than "
-        f"what this "
-        "job knows; this job must not save there any more: stop it, or the other one",
+        f"{storage.url}: {what} (term {winner.term}, claimed on host '{winner.host}' at {since}). This job must not "
+        "save there any more: stop it, or stop the other one and start this one again from the newest step",
         term=winner.term,
         host=winner.host,
         time=winner.time,
     )
-
-
-def read_term(storage: Storage, number: int) -> Term:
-    """The claim of one term. Raises CorruptCheckpointError, or CheckpointNotFoundError for a term that should be
-    there.
-    """
-    key = term_key(number)
-    stored = read_if_there(storage, key)
-    if stored is None:
-        raise CheckpointNotFoundError(f"{storage.url}/{key}: other objects name this term, but it is gone", key=key)
-    return decode_term(stored, key)

@@ -1,0 +1,105 @@
+"""What the names in `records/` and `terms/` say, and which record is the newest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from dscheck.commit.once import read_if_there
+from dscheck.errors import CheckpointNotFoundError, CorruptCheckpointError
+from dscheck.manifest.keys import parse_record_key, parse_term_key, record_key
+from dscheck.manifest.record import Record, Tombstone, decode_record
+from dscheck.storage.base import Storage
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class StepRef:
+    """A step as one term committed it."""
+
+    step: int
+    term: int
+
+
+class Changed(Exception):
+    """A record that was listed is gone: the listing is older than a deletion, and cannot be trusted any more (P17)."""
+
+
+def list_records(storage: Storage) -> frozenset[StepRef]:
+    """The names in records/, of which some may turn out to be tombstones. Unknown names are damage (P21)."""
+    found = set()
+    for entry in storage.list("records/"):
+        numbers = parse_record_key(entry.key)
+        if numbers is None:
+            raise _unknown(storage, entry.key)
+        found.add(StepRef(*numbers))
+    return frozenset(found)
+
+
+def list_terms(storage: Storage) -> int:
+    """The highest claimed term, 0 for none; all below it are there. Unknown names and gaps are damage (P21)."""
+    found = set()
+    for entry in storage.list("terms/"):
+        term = parse_term_key(entry.key)
+        if term is None:
+            raise _unknown(storage, entry.key)
+        found.add(term)
+    newest = max(found, default=0)
+    missing = next((term for term in range(1, newest + 1) if term not in found), None)
+    if missing is not None or 0 in found:
+        what = f"terms/{newest}.json is there, terms/{missing}.json is not" if missing else "terms/0.json is there"
+        raise CorruptCheckpointError(
+            f"{storage.url}: {what}; terms are numbered from 1 without a gap, so the root is damaged: restore it from "
+            "a copy",
+            key=f"terms/{missing or 0}.json",
+        )
+    return newest
+
+
+def read_step(storage: Storage, ref: StepRef) -> Record | Tombstone | None:
+    """What has the record's name, None when nothing does."""
+    key = record_key(ref.step, ref.term)
+    stored = read_if_there(storage, key)
+    return None if stored is None else decode_record(stored, key)
+
+
+def newest_record(storage: Storage, names: Iterable[StepRef]) -> Record | None:
+    """The record of the greatest term, and in it of the greatest step (P18). Reads down to the first that is no
+    tombstone; raises Changed when one is gone.
+    """
+    for ref in sorted(names, key=lambda ref: (ref.term, ref.step), reverse=True):
+        found = read_step(storage, ref)
+        if found is None:
+            raise Changed
+        if isinstance(found, Record):
+            return found
+    return None
+
+
+def look_newest(storage: Storage) -> StepRef | None:
+    """The newest committed step as the storage shows it now: one LIST and one read, but where tombstones are."""
+    for _ in range(LOOKS):
+        try:
+            record = newest_record(storage, list_records(storage))
+        except Changed:
+            continue
+        return None if record is None else StepRef(record.step, record.term)
+    raise unsteady(storage)
+
+
+LOOKS = 8
+"""Each look that fails saw a deletion between its LIST and its read: more than one in a row is a storage gone wrong."""
+
+
+def unsteady(storage: Storage) -> CheckpointNotFoundError:
+    return CheckpointNotFoundError(
+        f"{storage.url}: {LOOKS} times a record was listed and gone when it was read; something deletes steps there: "
+        "stop it, and try again"
+    )
+
+
+def _unknown(storage: Storage, key: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(
+        f"{storage.url}/{key}: dscheck writes no object of this name; it may be of a newer version, or not belong "
+        "there: update dscheck, or move it away",
+        key=key,
+    )
