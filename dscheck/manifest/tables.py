@@ -62,7 +62,7 @@ def _field(column: Column) -> pa.Field:
 
 
 def write(*streams: tuple[str, Sequence[Column], dict[str, str], list[pa.Array]]) -> bytes:
-    """Streams back to back: each the table's name, its columns, further metadata of the schema, and a value a column."""
+    """Streams back to back: each is a table's name, its columns, further metadata of its schema, and its values."""
     sink = pa.BufferOutputStream()
     for table, columns, metadata, arrays in streams:
         schema = _schema(table, columns, metadata)
