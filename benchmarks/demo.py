@@ -77,7 +77,7 @@ class Demo:
         return {line["step"]: line["loss"] for line in self.lines(run, "step")[0]}
 
     def say(self, text: str) -> None:
-        self.console.print(f"[dim]{time.monotonic() - self.began:5.0f} s[/dim]  {text}")
+        self.console.print(f"[dim]{time.monotonic() - self.began:5.0f} s[/dim]  {text}", soft_wrap=True)
 
     def launch(self, run: Run, *, save_every: int = SAVE_EVERY, killed: bool = False) -> Path:
         """Run it to its end, which must be a good one, unless it is to be killed; its log."""
@@ -148,8 +148,11 @@ def check(demo: Demo) -> None:
             raise Disagreement(f"the {run.name} run has no loss of steps {missing}")
         limit = 0.0 if run.same_layout else TOLERANCE
         if (worst := difference(losses, whole)) > limit:
+            first = next(step for step, loss in losses.items() if loss != whole[step])
+            expected = "equal bit for bit" if limit == 0 else f"within {limit:g}"
             raise Disagreement(
-                f"the {run.name} run's losses differ by a relative {worst:.2e}; at most {limit:g} was to be"
+                f"the {run.name} run's losses differ from the uninterrupted ones by a relative {worst:.1e}, from step "
+                f"{first} on; expected {expected}"
             )
 
 
@@ -166,7 +169,7 @@ def loss_table(demo: Demo) -> Table:
         ]
         table.add_row(str(step), *cells, end_section=step in (RESUMED, STEPS))
     worst = [difference(of, losses[0]) for of in losses[1:]]
-    table.add_row("", "largest difference", *("none" if value == 0 else f"{value:.1e}" for value in worst))
+    table.add_row("", "largest difference, relative", *("none" if value == 0 else f"{value:.1e}" for value in worst))
     return table
 
 
@@ -209,7 +212,7 @@ def show_ls(demo: Demo, run: Run) -> None:
     if shown.returncode != 0:
         raise Disagreement(f"dscheck ls ended with status {shown.returncode}:\n{shown.stdout}{shown.stderr}")
     demo.console.print(f"\n[bold]$ dscheck ls {run.name}/root[/bold]")
-    demo.console.print(shown.stdout.rstrip(), markup=False)
+    demo.console.print(shown.stdout.rstrip(), markup=False, soft_wrap=True)
 
 
 def show(folder: Path, console: Console) -> None:
@@ -221,8 +224,7 @@ def show(folder: Path, console: Console) -> None:
         demo.resume(run)
     check(demo)
     console.print()
-    console.print(loss_table(demo))
-    console.print(save_table(demo))
+    console.print(loss_table(demo), save_table(demo), sep="\n\n")
     show_ls(demo, RESUMES[0])
     worst = max(difference(demo.losses(run), demo.losses(WHOLE)) for run in RESUMES)
     demo.say(
@@ -237,7 +239,9 @@ def main() -> int:
         "--keep", type=Path, metavar="DIR", help="a new folder for roots, journals and logs, to be kept"
     )
     given = parser.parse_args()
-    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 110)
+    if given.keep is not None and given.keep.exists():
+        parser.error(f"--keep {given.keep}: it exists; name a new folder")
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     try:
         if given.keep is not None:
             given.keep.mkdir(parents=True)
@@ -245,8 +249,8 @@ def main() -> int:
         else:
             with tempfile.TemporaryDirectory(prefix="dscheck-demo-") as folder:
                 show(Path(folder), console)
-    except (Disagreement, TimeoutError, FileExistsError) as error:
-        console.print(f"\nThe demo failed: {error}", style="bold red", markup=False)
+    except (Disagreement, TimeoutError) as error:
+        console.print(f"\nThe demo failed: {error}", style="bold red", markup=False, soft_wrap=True)
         return 1
     return 0
 

@@ -209,6 +209,8 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="file for the result, as JSON")
     given = parser.parse_args()
+    if given.steps <= given.every:
+        parser.error(f"--steps {given.steps} has no room for a save every {given.every} steps and a step after it")
     with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=given.dir) as root:
         result = check(given, Path(root))
     given.out.write_text(json.dumps(result, indent=1) + "\n")

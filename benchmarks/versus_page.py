@@ -17,7 +17,8 @@ PAGE = """\
 
 {tensors} tensors: a GPT in fp32 with AdamW's moments, each cut by rows over the ranks. {machine}; {versions}.
 Medians of {rounds} rounds after a first one, the slowest rank's seconds; every load compared bit for bit. Caches were
-emptied before each load ({evicted_by}). Raw disk: the same bytes, {direct}, one process a rank.
+emptied before each load ({evicted_by}). Raw disk: the same bytes, {direct}, one process a rank and one chunk at a time:
+buffered reads, for which the kernel reads ahead, can be faster.
 
 {speeds}
 

@@ -1,0 +1,274 @@
+"""What the benchmarks and the demo stand on, at sizes that take seconds."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from benchmarks import demo, demo_killed, gpu_check
+from benchmarks.corpus import Windows, library_sources
+from benchmarks.gpt import GPT, Shape, cut_by_columns_and_rows, shard_fully
+from benchmarks.journal import Journal, read_journal
+from benchmarks.launch import REPOSITORY, run_ranks
+from benchmarks.machine import describe
+from benchmarks.raw_disk import evict, read_direct, write_direct
+from benchmarks.sharded_state import Layout, contents, gpt_shapes, live
+from benchmarks.versus_page import ratios, summarize
+from dscheck.storage.memory import MemoryStorage
+
+SMALL = Shape(vocabulary=256, length=16, width=24, heads=4, hidden=30, layers=2)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def console() -> demo.Console:
+    return demo.Console(quiet=True)
+
+
+def loss_and_gradients(model: GPT) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    tokens = torch.arange(32).reshape(2, 16)
+    loss = model(tokens, tokens + 1)
+    loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters()}
+    return loss.detach(), {
+        name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in gradients.items()
+    }
+
+
+@pytest.mark.parametrize(("tp", "fsdp"), [(True, False), (False, True), (True, True)])
+@pytest.mark.usefixtures("one_rank")
+def test_a_cut_model_has_the_loss_and_gradients_of_the_whole(tp: bool, fsdp: bool) -> None:
+    torch.manual_seed(0)
+    whole = GPT(SMALL)
+    cut = GPT(SMALL)
+    cut.load_state_dict(whole.state_dict())
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("fsdp", "tp"))
+    if tp:
+        cut_by_columns_and_rows(cut, mesh["tp"])
+    if fsdp:
+        shard_fully(cut, mesh["fsdp"])
+    loss, gradients = loss_and_gradients(cut)
+    expected_loss, expected = loss_and_gradients(whole)
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_the_head_is_still_the_embedding_in_a_cut_model(one_rank: None) -> None:
+    model = GPT(SMALL)
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("fsdp", "tp"))
+    cut_by_columns_and_rows(model, mesh["tp"])
+    shard_fully(model, mesh["fsdp"])
+    assert model.head.weight is model.tokens.weight
+
+
+def test_a_loader_goes_on_where_it_was_saved() -> None:
+    text = library_sources(10_000)
+    first = Windows(text, 16, seed=1)
+    first.draw(8)
+    saved = first.state_dict()
+    expected = first.draw(8)
+    second = Windows(text, 16, seed=2)
+    second.load_state_dict(saved)
+    assert all(torch.equal(one, other) for one, other in zip(second.draw(8), expected, strict=True))
+    assert second.drawn == 16
+
+
+def test_targets_are_the_next_bytes_of_the_text() -> None:
+    tokens, targets = Windows(library_sources(10_000), 16, seed=1).draw(4)
+    assert torch.equal(tokens[:, 1:], targets[:, :-1])
+
+
+def test_a_journal_keeps_floats_and_leaves_a_torn_line_out(tmp_path: Path) -> None:
+    path = tmp_path / "rank-0.jsonl"
+    Journal(path).stepped(1, 0.1 + 0.2, 1.0)
+    with path.open("a") as file:
+        file.write('{"kind": "step", "step": 2, "lo')
+    assert [(line["step"], line["loss"]) for line in read_journal(path, "step")] == [(1, 0.1 + 0.2)]
+
+
+def write_losses(folder: Path, losses: dict[demo.Run, dict[int, float]]) -> None:
+    for run, by_step in losses.items():
+        (folder / run.name).mkdir()
+        journal = Journal(folder / run.name / "rank-0.jsonl")
+        for step, loss in by_step.items():
+            journal.stepped(step, loss, 0.1)
+
+
+def agreeing() -> dict[demo.Run, dict[int, float]]:
+    whole = {step: 5.0 / step for step in range(1, demo.STEPS + 1)}
+    late = {step: loss for step, loss in whole.items() if step > demo.RESUMED}
+    killed = {step: loss for step, loss in whole.items() if step < demo.KILL_STEP}
+    return {demo.WHOLE: whole, demo.KILLED: killed} | {run: dict(late) for run in demo.RESUMES}
+
+
+def test_the_demo_accepts_losses_that_agree(tmp_path: Path, console: demo.Console) -> None:
+    losses = agreeing()
+    losses[demo.RESUMES[1]][demo.STEPS] *= 1 + 0.9 * demo.TOLERANCE
+    write_losses(tmp_path, losses)
+    demo.check(demo.Demo(tmp_path, console))
+
+
+@pytest.mark.parametrize(
+    ("run", "factor"),
+    [(demo.KILLED, 1 + 1e-15), (demo.RESUMES[0], 1 + 1e-15), (demo.RESUMES[2], 1 + 2 * demo.TOLERANCE)],
+)
+def test_the_demo_refuses_a_loss_that_differs(
+    tmp_path: Path, console: demo.Console, run: demo.Run, factor: float
+) -> None:
+    losses = agreeing()
+    losses[run][demo.RESUMED + 1] *= factor
+    write_losses(tmp_path, losses)
+    with pytest.raises(demo.Disagreement, match=run.name):
+        demo.check(demo.Demo(tmp_path, console))
+
+
+def test_the_demo_refuses_a_run_that_stopped_early(tmp_path: Path, console: demo.Console) -> None:
+    losses = agreeing()
+    del losses[demo.RESUMES[1]][demo.STEPS]
+    write_losses(tmp_path, losses)
+    with pytest.raises(demo.Disagreement, match="has no loss of steps"):
+        demo.check(demo.Demo(tmp_path, console))
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL."""
+
+
+@pytest.mark.parametrize("writes", [1, 4])
+def test_the_killed_rank_dies_half_way_in_its_file(writes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(pid: int, signal: int) -> None:
+        raise Killed
+
+    memory = MemoryStorage(f"dies-after-{writes}")
+    with_file(memory, "steps/4/1/data-2.bin", 1)
+    monkeypatch.setattr(os, "kill", die)
+    monkeypatch.setattr(demo_killed, "open_storage", lambda root: memory)
+    storage = demo_killed.dying("root", rank=2, step=8)
+    with_file(storage, "steps/8/1/data-0.bin", writes)
+    with pytest.raises(Killed):
+        with_file(storage, "steps/8/1/data-2.bin", writes)
+    sizes = {entry.key: entry.size for entry in memory.list("steps/8/")}
+    assert sizes["steps/8/1/data-0.bin"] == 1000
+    assert 450 <= sizes["steps/8/1/data-2.bin"] <= 650
+
+
+def with_file(storage: object, key: str, writes: int) -> None:
+    writer = storage.create(key)
+    for _ in range(writes):
+        writer.write(bytes(1000 // writes))
+    writer.commit()
+
+
+@pytest.mark.parametrize("start", [(0, 0), (3, 5)])
+def test_contents_of_a_box_are_that_part_of_the_whole(start: tuple[int, int]) -> None:
+    shape = torch.Size((9, 14))
+    whole = contents("a", shape, (0, 0), shape)
+    box = contents("a", shape, start, torch.Size((4, 6)))
+    assert torch.equal(box, whole[start[0] : start[0] + 4, start[1] : start[1] + 6])
+    assert len(whole.unique()) == whole.numel()
+    assert not torch.equal(whole, contents("b", shape, (0, 0), shape))
+
+
+@pytest.mark.parametrize("nbytes", [4 * 10**6, 2 * 10**9])
+def test_the_state_has_the_wanted_size(nbytes: int) -> None:
+    total = 12 * sum(torch.Size(shape).numel() for shape in gpt_shapes(nbytes).values())
+    assert total == pytest.approx(nbytes, rel=0.02)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns", "stages"])
+@pytest.mark.usefixtures("one_rank")
+def test_one_flipped_bit_of_a_loaded_state_is_named(layout: Layout) -> None:
+    state = live(gpt_shapes(4 * 10**6), layout, init_device_mesh("cpu", (1,)))
+    assert set(state.wrong()) > {"tokens.weight", "tokens.weight.exp_avg_sq"}
+    state.fill()
+    assert state.wrong() == []
+    tensor = state.named()["layers.0.up.weight.exp_avg"]
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    local.view(torch.int32)[3, 5] ^= 1
+    assert state.wrong() == ["layers.0.up.weight.exp_avg"]
+
+
+@pytest.mark.parametrize("nbytes", [1, 4096, (4 << 20) + 5])
+def test_the_raw_disk_writes_and_reads_any_length(tmp_path: Path, nbytes: int) -> None:
+    direct = write_direct(tmp_path / "file", nbytes)
+    assert 0 <= (tmp_path / "file").stat().st_size - nbytes < 4096
+    assert evict(tmp_path, everything=False) == "posix_fadvise"
+    assert read_direct(tmp_path / "file", nbytes) == direct
+
+
+def test_ratios_are_of_medians_without_the_first_round() -> None:
+    def line(name: str, seconds: float) -> dict[str, object]:
+        loads = {layout: {"seconds": seconds, "read_per_wanted": 1.0} for layout in ("rows", "columns", "stages")}
+        return {"contender": name, "save": {"durable": seconds}, "loads": loads}
+
+    rounds = [
+        [line("raw disk", raw), line("dscheck", ours), line("torch DCP", dcp)]
+        for raw, ours, dcp in ((9.0, 1.0, 1.0), (1.0, 2.0, 3.0), (1.0, 2.0, 4.0), (1.0, 9.0, 5.0))
+    ]
+    expected = {"dscheck / raw disk": 0.5, "torch DCP / raw disk": 0.25, "dscheck / torch DCP": 2.0}
+    assert ratios(summarize(rounds)) == dict.fromkeys(("save", "rows", "columns", "stages"), expected)
+
+
+def test_the_machine_is_described_without_its_name_or_paths(tmp_path: Path) -> None:
+    facts = describe(tmp_path)
+    assert facts["cores"] >= 1
+    assert " on " in facts["disk"] or facts["disk"] == "tmpfs"
+    text = json.dumps(facts)
+    assert str(tmp_path) not in text
+    assert platform.node() not in text
+
+
+def test_ranks_that_do_not_end_are_ended(tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError, match="did not end within"):
+        run_ranks(1, "http.server", ["0", "--bind", "127.0.0.1"], log=tmp_path / "log", timeout_s=0.5)
+
+
+def test_versus_measures_all_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    options = ["--gb", "0.003", "--rounds", "1", "--keep-caches", "--dir", str(work), "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.versus", *options]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((out / "versus.json").read_text())
+    assert set(result["ratios"]) == {"save", "rows", "columns", "stages"}
+    assert all(ratio > 0 for by_pair in result["ratios"].values() for ratio in by_pair.values())
+    assert list(work.iterdir()) == []
+    assert str(tmp_path) not in (out / "versus.md").read_text() + (out / "versus.json").read_text()
+
+
+def test_gpu_check_finds_every_committed_step_equal_to_its_clone(tmp_path: Path) -> None:
+    result = gpu_check.check(small_check(), tmp_path / "root")
+    assert len(result["checked_steps"]) == 2
+    assert result["differences"] == {}
+
+
+def test_gpu_check_sees_one_flipped_bit() -> None:
+    job = gpu_check.Job(SMALL, 2, torch.device("cpu"), seed=1)
+    job.train_step()
+    moment = gpu_check.Moment.of(job)
+    assert moment.differences(job) == []
+    moment.tensors["norm.bias.exp_avg"].view(torch.int32)[3] ^= 1
+    assert moment.differences(job) == ["norm.bias.exp_avg"]
+
+
+def small_check() -> argparse.Namespace:
+    sizes = {"width": 32, "heads": 2, "layers": 1, "length": 16, "batch": 2, "steps": 4, "every": 2, "checked": 2}
+    return argparse.Namespace(device="cpu", **sizes)
