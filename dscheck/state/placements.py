@@ -50,11 +50,11 @@ class Cut:
 
     def whole_of(self, shape: Sequence[int]) -> Cut:
         """A whole tensor of another shape on the same ranks."""
-        return replace(whole(shape, 0), holders=self.holders, group=self.group, proof=self.proof)
+        return _whole(tuple(shape), self.holders, self.group, self.proof)
 
     def scalar(self) -> Cut:
         """The 0-d companion of the tensor: one number, the same on every rank that holds any part."""
-        return replace(self.whole_of(()), holders=self.group)
+        return _whole((), self.group, self.group, self.proof)
 
 
 def _view(local: torch.Tensor, region: Region, box: Box) -> torch.Tensor:
@@ -65,15 +65,19 @@ def _view(local: torch.Tensor, region: Region, box: Box) -> torch.Tensor:
 
 def whole(shape: Sequence[int], rank: int) -> Cut:
     """A tensor that nothing but its name connects to other ranks."""
-    region = Region.whole(tuple(shape))
-    pieces = ((region, region),) if region.numel else ()
-    return Cut(region.stop, region.stop, pieces, (rank,), (rank,), Proof.CLAIM)
+    return _whole(tuple(shape), (rank,), (rank,), Proof.CLAIM)
+
+
+@lru_cache(maxsize=4096)
+def _whole(shape: tuple[int, ...], holders: tuple[int, ...], group: tuple[int, ...], proof: Proof) -> Cut:
+    region = Region.whole(shape)
+    return Cut(shape, shape, ((region, region),) if region.numel else (), holders, group, proof)
 
 
 def replicated(shape: Sequence[int], ranks: Sequence[int], proof: Proof) -> Cut:
     """A whole tensor that all `ranks` hold (MESH), or whose bytes `ranks[0]` decides (FIRST)."""
     holders = tuple(sorted(ranks)) if proof is Proof.MESH else (ranks[0],)
-    return replace(whole(shape, ranks[0]), holders=holders, group=holders, proof=proof)
+    return _whole(tuple(shape), holders, holders, proof)
 
 
 def box(shape: Sequence[int], offset: Sequence[int], local_shape: Sequence[int], rank: int) -> Cut:

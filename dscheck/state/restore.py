@@ -106,7 +106,7 @@ class _Preparation:
 
     def _saved_name(self, held: Held) -> str | None:
         saved = self._match.saved
-        names = [name for name in held.names if name in saved.tensors]
+        names = [name for name in held.names if name in saved.tensors and self._match.wants(name)]
         rows = {saved.row(name): name for name in names}
         if len(rows) > 1:
             raise StateMismatchError(

@@ -37,7 +37,7 @@ def refuse_unstorable(tensor: torch.Tensor, path: str) -> None:
 
 
 def _unstorable(tensor: torch.Tensor) -> str | None:
-    if isinstance(tensor, DTensor):
+    if isinstance(tensor, DTensor) or _is_common(tensor):
         return None
     if torch.nn.parameter.is_lazy(tensor):
         return "is not initialized yet: run a forward pass, or give the layer its sizes, before it is saved or loaded"
@@ -52,6 +52,15 @@ def _unstorable(tensor: torch.Tensor) -> str | None:
     if is_traceable_wrapper_subclass(tensor) or (tensor.numel() and not _has_storage(tensor)):
         return f"is a {type(tensor).__name__}, which wraps other tensors: store those instead"
     return None
+
+
+def _is_common(tensor: torch.Tensor) -> bool:
+    """Whether it is one of nearly all tensors, which need no further questions: they are asked thousands of times."""
+    kind = type(tensor)
+    if kind is not torch.Tensor and kind is not torch.nn.Parameter:
+        return False
+    special = tensor.is_meta or tensor.is_quantized or tensor.is_nested or tensor.layout is not torch.strided
+    return not special and (tensor.data_ptr() != 0 or not tensor.numel())
 
 
 def _has_storage(tensor: torch.Tensor) -> bool:

@@ -148,6 +148,15 @@ def test_two_saved_tensors_into_tied_memory_is_an_error_that_names_both() -> Non
         load(checkpoint, {"model": Tied()})
 
 
+def test_only_chooses_between_two_saved_tensors_for_a_tie() -> None:
+    model = Tied()
+    model.head.weight = nn.Parameter(torch.zeros(4, 3))
+    checkpoint = save({"model": model})
+    other = Tied()
+    load(checkpoint, {"model": other}, only=["model.head"])
+    assert torch.equal(other.embed.weight, torch.zeros(4, 3))
+
+
 def test_a_tie_loads_from_whichever_name_was_saved() -> None:
     model = Tied()
     checkpoint = save({"model": nn.ModuleDict({"head": model.head})})
