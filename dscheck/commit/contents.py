@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dscheck.errors import CorruptCheckpointError, LayoutError
+from dscheck.errors import CorruptCheckpointError, IncompleteCoverError, LayoutError
+from dscheck.layout.cover import prove_cover
 from dscheck.manifest.arrow import decode_files, decode_plan
 from dscheck.manifest.files import Extent, FileRow, validate_files
 from dscheck.manifest.keys import data_key, files_key, plan_key
@@ -38,6 +39,15 @@ def read_digested(storage: Storage, key: str, offset: int, size: int, sha256: st
     return data
 
 
+def gaps(plan: Plan) -> Iterator[IncompleteCoverError]:
+    """What is wrong with each tensor whose fragments do not tile it exactly once."""
+    for number, row in enumerate(plan.tensors):
+        try:
+            prove_cover(row.name, row.shape, [fragment.region for fragment in plan.fragments_of(number)])
+        except IncompleteCoverError as error:
+            yield error
+
+
 @dataclass(frozen=True, slots=True)
 class Contents:
     """What one committed step says of itself; plan and files have matched the record's digests and each other."""
@@ -57,7 +67,10 @@ class Contents:
         try:
             validate_files(files, plan)
         except LayoutError as error:
-            raise CorruptCheckpointError(f"{storage.url}/{files_name}: {error}; {ADVICE}", key=files_name) from error
+            lost = next((str(gap) for gap in gaps(plan)), "")
+            raise CorruptCheckpointError(
+                f"{storage.url}/{files_name}: {lost or error}; {ADVICE}", key=files_name
+            ) from error
         return cls(storage, record, plan, tuple(files))
 
     def key(self, rank: int) -> str:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dscheck.commit.contents import Contents
-from dscheck.errors import CheckpointNotFoundError, CorruptCheckpointError, LayoutError, StorageError
-from dscheck.layout.cover import prove_cover
+from dscheck.commit.contents import Contents, gaps
+from dscheck.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
+from dscheck.manifest.keys import plan_key
 from dscheck.manifest.plan import Fragment
 from dscheck.native import crc32c_blocks
 
@@ -31,12 +31,8 @@ def verify(contents: Contents, advance: Callable[[int], None]) -> Iterator[Damag
 
     `advance` is told the bytes of each block range when they have been read.
     """
-    for number, row in enumerate(contents.plan.tensors):
-        try:
-            fragments = contents.plan.fragments_of(number)
-            prove_cover(row.name, row.shape, [fragment.region for fragment in fragments])
-        except LayoutError as error:
-            yield Damage("plan", None, str(error))
+    for gap in gaps(contents.plan):
+        yield Damage(plan_key(contents.record.term, contents.record.plan.sha256), None, str(gap))
     by_writer: dict[int, list[Fragment]] = defaultdict(list)
     for fragment in contents.plan.fragments:
         by_writer[fragment.writer].append(fragment)

@@ -1,4 +1,4 @@
-"""The six accidents that torch.distributed.checkpoint 2.13 turns into silent loss: each is an error here, or harmless."""
+"""The six accidents that torch.distributed.checkpoint 2.13 turns into silent loss: each is an error, or harmless."""
 
 from __future__ import annotations
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from dscheck import sharded
+from dscheck import DscheckError, sharded
+from dscheck.commit import read_history
+from dscheck.commit.contents import Contents
+from dscheck.manifest.arrow import encode_plan
+from dscheck.manifest.keys import plan_key, record_key
+from dscheck.manifest.record import Digest
+from dscheck.storage import Storage
 from tests.end_to_end.worlds import fresh, load, random_bits, same_bits, save
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.bool, torch.complex128, torch.uint16]
@@ -104,6 +112,36 @@ def states(
             made[rank][f"t{number}"] = value
             pairs.append((local, expected))
     return made, pairs
+
+
+def without_fragment(root: Storage, number: int) -> str:
+    """Take one fragment out of the plan of step 1, with every digest made right again; the name of its tensor."""
+    history = read_history(root)
+    record = history.resolve(1)
+    assert record is not None
+    contents = Contents.open(root, record)
+    plan = contents.plan
+    lost = plan.fragments[number % len(plan.fragments)]
+    text = encode_plan(replace(plan, fragments=tuple(f for f in plan.fragments if f is not lost)))
+    digest = Digest(len(text), hashlib.sha256(text).hexdigest())
+    root.put_if_absent(plan_key(record.term, digest.sha256), text)
+    root.delete(record_key(1, record.term))
+    root.put_if_absent(record_key(1, record.term), replace(record, plan=digest).encode())
+    return plan.tensors[lost.tensor].name
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(cases(), st.integers(0, 1000))
+def test_a_removed_fragment_is_always_refused_with_its_name(case: Case, number: int) -> None:
+    assume(any(tensor.numel() for tensor in case.tensors))
+    root = fresh()
+    saved, _ = states(case.tensors, case.source, fill=True)
+    save(root, 1, saved)
+    name = without_fragment(root, number)
+    wanted, pairs = states(case.tensors, case.target, fill=False)
+    with pytest.raises(DscheckError, match=f"'{name}'"):
+        load(root, wanted)
+    assert all(same_bits(local, torch.zeros_like(local)) for local, _ in pairs)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
