@@ -1,0 +1,219 @@
+"""The claims of all ranks become one plan: who is believed, who writes, and who is refused by name."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Any
+
+import pytest
+import torch
+
+from dscheck import StateError, sharded
+from dscheck.commit import read_history
+from dscheck.commit.contents import Contents
+from dscheck.errors import IncompleteCoverError, LayoutError
+from dscheck.layout.region import Region
+from dscheck.manifest.dtypes import ITEMSIZE
+from dscheck.manifest.plan import Plan
+from dscheck.ranks.base import Ranks
+from dscheck.save.claims import Claim, RankClaims, share_of
+from dscheck.save.coordinator import watch
+from dscheck.save.merge import compare, merge
+from dscheck.state.leaf import FlatState, Proof
+from tests.end_to_end.worlds import fresh, job, load, open_on
+
+MIB = 1 << 20
+
+
+def claim(name: str, shape: tuple[int, ...], *regions: Region, holders: tuple[int, ...], proof: str = "mesh") -> Claim:
+    return Claim(name, "float32", shape, regions or (Region.whole(shape),), holders, proof)
+
+
+def ranks_of(*claims: list[Claim]) -> list[RankClaims]:
+    return [RankClaims("host", (("dp", rank),), tuple(rows)) for rank, rows in enumerate(claims)]
+
+
+def written_by(plan: Plan) -> Counter[int]:
+    total: Counter[int] = Counter()
+    for fragment in plan.fragments:
+        total[fragment.writer] += fragment.nbytes
+    return total
+
+
+def test_claims_survive_their_message() -> None:
+    claims = ranks_of([claim("a", (4, 3), Region((0, 0), (2, 3)), holders=(0, 5)), claim("b", (), holders=(0,))])[0]
+    assert RankClaims.decode(claims.encode()) == claims
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 7, 16])
+def test_shown_replicas_are_written_once_and_evenly(ranks: int) -> None:
+    """The worst rank writes at most 1.1 x the mean, over replicas of 1 MiB and more."""
+    everyone = tuple(range(ranks))
+    shapes = [(7, 1_000_003 // 7), (1024, 1024), (50_257, 64), (262_144,), (3, 5, 7, 4001), (1, 300_001)]
+    rows = [claim(f"t{i}", shape, holders=everyone) for i, shape in enumerate(shapes)]
+    plan = merge(ranks_of(*[rows] * ranks), 256 << 10).plan
+    total = written_by(plan)
+    assert sum(total.values()) == sum(row.nbytes for row in plan.tensors)
+    assert max(total.values()) <= 1.1 * sum(total.values()) / ranks
+
+
+def test_each_rank_computes_the_share_that_the_plan_gives_it() -> None:
+    everyone = (0, 1, 2)
+    rows = [claim("big", (700, 1000), holders=everyone), claim("small", (3,), holders=everyone)]
+    plan = merge(ranks_of(rows, rows, rows), 4096).plan
+    planned = defaultdict(list)
+    for fragment in plan.fragments:
+        planned[fragment.writer].append((plan.tensors[fragment.tensor].name, fragment.region))
+    for rank in everyone:
+        mine = [(row.name, box) for row in rows for box in share_of(rank, row, row.regions[0], {})]
+        assert sorted(mine) == sorted(planned[rank])
+
+
+def test_a_replica_that_lacks_a_tensor_leaves_it_to_those_that_have_it() -> None:
+    """DESIGN: absent on some replicas, the others hold it."""
+    row = claim("state", (600, 1000), holders=(0, 1, 2))
+    merged = merge(ranks_of([], [row], [row]), 4096)
+    assert set(written_by(merged.plan)) == {1, 2}
+    assert merged.exceptions == {("state", row.regions[0]): (1, 2)}
+    assert merged.plan.holders == ((1, 2),)
+
+
+def test_a_tensor_that_one_of_two_shards_lacks_is_refused() -> None:
+    half = claim("state", (4,), Region((0,), (2,)), holders=(0,))
+    with pytest.raises(IncompleteCoverError, match="'state'"):
+        merge(ranks_of([half], []), 4096)
+
+
+def test_one_region_claimed_without_proof_is_written_whole_by_one() -> None:
+    rows = [[claim("x", (600, 1000), holders=(rank,), proof="claim")] for rank in range(3)]
+    merged = merge(ranks_of(*rows), 4096)
+    assert written_by(merged.plan) == {0: 600_000 * 4}
+    assert merged.plan.holders == ((0, 1, 2),)
+    assert merged.contested == {("x", Region.whole((600, 1000)))}
+
+
+def test_two_meshes_that_claim_one_region_are_compared_and_one_of_them_writes() -> None:
+    left, right = (claim("x", (600, 1000), holders=holders) for holders in ((0, 1), (2, 3)))
+    merged = merge(ranks_of([left], [left], [right], [right]), 4096)
+    assert set(written_by(merged.plan)) == {0, 1}
+    assert merged.contested
+
+
+def test_a_rank_that_only_loads_a_tensor_claims_nothing() -> None:
+    """Buffers under DDP: the group's first rank is authoritative (TRAPS 5)."""
+    row = claim("mean", (5,), holders=(0,), proof="first")
+    merged = merge(ranks_of([row], [row]), 4096)
+    assert merged.plan.holders == ((0,),)
+    assert not merged.contested
+
+
+def test_replicas_by_mesh_that_hold_other_regions_are_refused() -> None:
+    one, other = (claim("x", (4,), Region((a,), (a + 2,)), holders=(0, 1)) for a in (0, 2))
+    with pytest.raises(LayoutError, match="ranks 0 and 1 are replicas"):
+        merge(ranks_of([one], [other]), 4096)
+
+
+def test_an_alias_that_is_another_tensor_elsewhere_is_refused() -> None:
+    tied = Claim("a", "float32", (2,), (Region((0,), (2,)),), (0,), "claim", ("b",))
+    with pytest.raises(StateError, match="'b'"):
+        merge(ranks_of([tied], [claim("b", (2,), holders=(1,))]), 4096)
+
+
+def test_samples_that_differ_refuse_and_missing_ones_are_said() -> None:
+    rows = [[claim("x", (4,), holders=(rank,), proof="claim")] for rank in range(2)]
+    claims = ranks_of(*rows)
+    contested = merge(claims, 4096).contested
+    key = ("x", Region((0,), (4,)))
+    assert compare(contested, claims, {(0, *key): 5, (1, *key): 5}, "equal")
+    assert not compare(contested, claims, {(0, *key): 5}, "equal")
+    with pytest.raises(StateError, match="ranks 0 and 1"):
+        compare(contested, claims, {(0, *key): 5, (1, *key): 6}, "equal")
+    assert compare(contested, claims, {(0, *key): 5, (1, *key): 6}, "first")
+
+
+def test_in_steady_state_only_what_needs_comparing_is_sampled() -> None:
+    rows = [claim("mesh", (4,), holders=(0,)), claim("plain", (4,), holders=(0,), proof="claim")]
+    assert [name for name, _ in watch(0, rows, None)] == ["mesh", "plain"]
+    assert [name for name, _ in watch(0, rows, set())] == ["plain"]
+    assert [name for name, _ in watch(0, rows, {("mesh", Region((0,), (4,)))})] == ["mesh", "plain"]
+
+
+def test_the_ranks_table_keeps_every_mesh_coordinate() -> None:
+    plan = merge(ranks_of([claim("x", (4,), holders=(0,))], []), 4096).plan
+    assert [(row.rank, row.host, row.mesh) for row in plan.ranks] == [
+        (0, "host", (("dp", 0),)),
+        (1, "host", (("dp", 1),)),
+    ]
+
+
+def test_every_itemsize_is_that_of_torch() -> None:
+    for name, itemsize in ITEMSIZE.items():
+        assert getattr(torch, name).itemsize == itemsize
+
+
+def test_a_rank_made_writer_only_by_the_plan_captures_late_or_refuses(monkeypatch: Any) -> None:
+    """The first save after a replica lost a tensor: its share falls to ranks that did not capture it."""
+    from dscheck.state import LiveState
+
+    full = torch.arange(2 * MIB // 4, dtype=torch.float32)
+    plain = LiveState.flatten
+
+    def flatten(self: LiveState) -> FlatState:
+        """A tensor that all ranks hold by mesh, and that rank 0 has not got."""
+        flat = plain(self)
+        leaves = []
+        for leaf in flat.tensors:
+            if leaf.name == "x" and self.rank == 0:
+                continue
+            shown = leaf.name == "x"
+            leaves.append(leaf.__class__(*_with(leaf, (0, 1, 2), Proof.MESH)) if shown else leaf)
+        flat.tensors = leaves
+        return flat
+
+    monkeypatch.setattr(LiveState, "flatten", flatten)
+    root = fresh()
+
+    def run(ranks: Ranks) -> list[int]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+        state = {"x": full.clone(), "y": torch.zeros(1)}
+        OWNER[ranks.rank] = optimizer
+        with open_on(ranks, root, state) as ckpt:
+            first = ckpt.save(1)
+            first.wait()
+            second = ckpt.save(2)
+            second.wait()
+            return [first.stats.bytes, second.stats.bytes]
+
+    moved = job(3, run)
+    assert sum(sizes[1] for sizes in moved) == full.nbytes + 4
+    monkeypatch.undo()
+    state = {"x": torch.zeros_like(full), "y": torch.ones(1)}
+    load(root, [state], step=1)
+    assert torch.equal(state["x"], full)
+    history = read_history(root)
+    record = history.resolve(1)
+    assert record is not None
+    assert {f.writer for f in Contents.open(root, record).plan.fragments_of(0)} == {1, 2}
+
+
+OWNER: dict[int, torch.optim.Optimizer] = {}
+
+
+def _with(leaf: Any, holders: tuple[int, ...], proof: Proof) -> tuple[Any, ...]:
+    import threading
+
+    rank = int(threading.current_thread().name.removeprefix("rank-"))
+    return (leaf.name, leaf.dtype, leaf.shape, leaf.parts, holders, proof, OWNER[rank], leaf.aliases)
+
+
+def test_sharded_boxes_need_no_proof() -> None:
+    root = fresh()
+
+    def run(ranks: Ranks) -> None:
+        with open_on(ranks, root, {"w": sharded(torch.ones(2), (4,), (2 * ranks.rank,))}) as ckpt:
+            ckpt.save(1).wait()
+
+    job(2, run)
+    state = {"w": torch.zeros(4)}
+    load(root, [state])
+    assert state["w"].tolist() == [1.0] * 4
