@@ -104,6 +104,11 @@ def test_shares_never_change() -> None:
         (4, Region((208, 0), (407, 1000))),
         (9, Region((407, 0), (607, 1000))),
     )
+    assert writer_shares("model.embed.weight", Region.whole((600, 1000)), 4, (1, 4, 9)) == (
+        (9, Region((0, 0), (200, 1000))),
+        (1, Region((200, 0), (400, 1000))),
+        (4, Region((400, 0), (600, 1000))),
+    )
     assert writer_shares("", Region((), ()), 8, (3, 5, 7)) == ((7, Region((), ())),)
 
 
