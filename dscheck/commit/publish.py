@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dscheck.commit.listing import StepRef, read_step
 from dscheck.commit.once import put_once
 from dscheck.commit.term import confirm, refuse_newer
-from dscheck.errors import CorruptCheckpointError, StorageError, SupersededError
+from dscheck.errors import ConfigError, CorruptCheckpointError, StorageError, SupersededError
 from dscheck.manifest.files import FileRow
 from dscheck.manifest.keys import attempt_prefix, data_key, files_key, plan_key, record_key
 from dscheck.manifest.record import Digest, Record, Tombstone, decode_record
@@ -57,10 +57,13 @@ def publish(storage: Storage, record: Record) -> Record:
 
     Raises SupersededError when a newer term exists: before (nothing was written) or after (the step exists, and may
     not be acknowledged: the other job may have looked before it did), or when gc gave the step up; StorageError when
-    another record has the name, or when nobody can say whether ours has: then nothing of the attempt may be deleted.
+    another record has the name, or when nobody can say whether ours has: then nothing of the attempt may be deleted;
+    ConfigError for a step that does not exceed the one that its term continues from.
     """
     key = record_key(record.step, record.term)
-    confirm(storage, record.term, record.term_id)
+    parent = confirm(storage, record.term, record.term_id).parent
+    if parent is not None and record.step <= parent[1]:
+        raise ConfigError(f"step {record.step} does not exceed step {parent[1]}, from which this job continues")
     refuse_newer(storage, record.term)
     stored = decode_record(put_once(storage, key, record.encode()), key)
     if isinstance(stored, Tombstone):

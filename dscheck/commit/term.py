@@ -46,18 +46,20 @@ def claim(
     return term
 
 
-def confirm(storage: Storage, term: int, identity: str) -> None:
+def confirm(storage: Storage, term: int, identity: str) -> Term:
     """This process sees the claim that rank 0 made. Raises StorageError when it does not: its root is another place."""
     key = term_key(term)
     stored = read_if_there(storage, key)
-    found = "nothing" if stored is None else f"the claim {decode_term(stored, key).id}"
-    if stored is None or decode_term(stored, key).id != identity:
-        raise StorageError(
-            f"{storage.url}/{key}: rank 0 wrote the claim {identity} there, this process sees {found}; the root is "
-            "not one shared place (a node's own disk?), or it was removed: choose a root that all nodes share",
-            url=storage.url,
-            key=key,
-        )
+    found = None if stored is None else decode_term(stored, key)
+    if found is not None and found.id == identity:
+        return found
+    seen = "nothing" if found is None else f"the claim {found.id}"
+    raise StorageError(
+        f"{storage.url}/{key}: rank 0 wrote the claim {identity} there, this process sees {seen}; the root is not one "
+        "shared place (a node's own disk?), or it was removed: choose a root that all nodes share",
+        url=storage.url,
+        key=key,
+    )
 
 
 def assert_newest(storage: Storage, term: Term) -> None:

@@ -1,0 +1,142 @@
+"""C3: for each k, a crash after the k-th storage operation of a job leaves the old newest step or the new one."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from dscheck.commit import StepRef, read_history
+from dscheck.errors import SupersededError
+from dscheck.manifest.record import Record
+from dscheck.storage import LocalStorage, MemoryStorage, Storage
+from dscheck.testing.faults import ALL, Crash, Fault, Faulty, Lands, after, before, crash_after
+from dscheck.testing.power import PowerCut
+from tests.commit.jobs import Job, assert_complete
+
+
+@dataclass(frozen=True)
+class Move:
+    """From which root a job starts, how, and what is newest before and after."""
+
+    before: tuple[int, ...]
+    step: int | None
+    fresh: bool
+    saves: int
+    visible: tuple[int, ...]
+
+    def set_up(self, root: Storage) -> StepRef | None:
+        for step in self.before:
+            Job.start(root).save(step)
+        return read_history(root).newest
+
+    def run(self, storage: Storage) -> None:
+        Job.start(storage, step=self.step, fresh=self.fresh).save(self.saves)
+
+
+MOVES = {
+    "the first job": Move((), None, True, 100, (100,)),
+    "a restart": Move((100,), None, False, 200, (100, 200)),
+    "a rollback": Move((100, 150, 190), 100, False, 110, (100, 110)),
+    "a fresh start": Move((100, 150), None, True, 10, (10,)),
+}
+
+
+def crashes(move: Move, lands: Lands, make: Callable[[], Storage]) -> Iterator[tuple[Storage, StepRef | None, bool]]:
+    """For each k a root in which `move` crashed after k operations, its newest step before, and, last, without one."""
+    for k in itertools.count():
+        root = make()
+        old = move.set_up(root)
+        try:
+            move.run(Faulty(root, crash_after(k, lands=lands, counted=ALL - {"write"} if k % 2 else ALL)))
+        except Crash:
+            yield root, old, False
+        else:
+            yield root, old, True
+            return
+
+
+def assert_old_or_new(root: Storage, move: Move, old: StepRef | None, finished: bool) -> None:
+    newest = read_history(root).newest
+    assert newest == old or (newest is not None and newest.step == move.saves), f"neither old nor new: {newest}"
+    assert newest != old or not finished
+    for ref in read_history(root).visible:
+        assert_complete(root, ref)
+
+
+def assert_goes_on(root: Storage, move: Move) -> None:
+    """The next job continues what is there, whatever the crashed one left."""
+    kept = read_history(root).visible
+    Job.start(root).save(1000)
+    assert [ref.step for ref in read_history(root).visible] == [*(ref.step for ref in kept), 1000]
+
+
+@pytest.mark.parametrize("lands", ["none", "half", "all"])
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
+def test_after_each_operation_the_newest_step_is_old_or_new(move: Move, lands: Lands) -> None:
+    """commit P5, P8, P18"""
+    count = 0
+    for root, old, finished in crashes(move, lands, MemoryStorage):
+        assert_old_or_new(root, move, old, finished)
+        if finished:
+            assert tuple(ref.step for ref in read_history(root).visible) == move.visible
+        assert_goes_on(root, move)
+        count += 1
+    assert count > 15
+
+
+def test_on_a_local_disk_too(tmp_path: Path) -> None:
+    """commit P8, P18"""
+    move = MOVES["a rollback"]
+    move.set_up(LocalStorage(tmp_path / "first"))
+    numbers = itertools.count()
+
+    def copied() -> Storage:
+        return LocalStorage(shutil.copytree(tmp_path / "first", tmp_path / str(next(numbers))))
+
+    for root, old, finished in crashes(replace(move, before=()), "half", copied):
+        assert_old_or_new(root, move, old, finished)
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
+def test_a_power_cut_after_each_operation_leaves_old_or_new(move: Move) -> None:
+    """commit P8: what a record names is durable before it."""
+    for root, old, finished in crashes(move, "half", PowerCut):
+        assert isinstance(root, PowerCut)
+        for seed in range(3):
+            assert_old_or_new(root.cut(seed), move, old, finished)
+
+
+@pytest.mark.parametrize("hook", [before, after])
+def test_a_second_job_at_any_operation_leaves_one_line_of_steps(hook: Callable[..., Fault]) -> None:
+    """commit P5, P11, P13: it runs start to end between two operations of the first; what was acknowledged stays."""
+    for nth in itertools.count(1):
+        root = MemoryStorage()
+        Job.start(root).save(100)
+        told, ran = interrupted(root, hook, nth)
+        history = read_history(root)
+        shown = {(ref.step, ref.term) for ref in history.visible}
+        assert {(record.step, record.term) for record in told + ran} <= shown
+        for ref in history.visible:
+            assert_complete(root, ref)
+        if not ran:
+            assert len(told) == 2
+            return
+
+
+def interrupted(root: Storage, hook: Callable[..., Fault], nth: int) -> tuple[list[Record], list[Record]]:
+    """What a job of two saves, and one that comes at its nth operation, acknowledge."""
+    told: list[Record] = []
+    ran: list[Record] = []
+    try:
+        job = Job.start(Faulty(root, hook(lambda op: ran.append(Job.start(root).save(200)), "*", nth=nth)))
+        assert job.term.parent is not None
+        for more in (1, 2):
+            told.append(job.save(job.term.parent[1] + more))
+    except SupersededError:
+        assert ran
+    return told, ran
