@@ -221,11 +221,10 @@ def _put_once(store: Store, key: str, value: bytes) -> bytes:
 
 
 def _wait(store: Store, key: str, until: float) -> bytes | None:
-    left_s = until - time.monotonic()
     # To the deadline in one piece: each slice that ran out would put two lines of torch's on stderr. 0 means forever.
+    left_s = max(until - time.monotonic(), 0.001)
     with contextlib.suppress(DistStoreError):
-        if left_s > 0:
-            store.wait([key], timedelta(seconds=max(left_s, 0.001)))
+        store.wait([key], timedelta(seconds=left_s))
     return _look(store, key)
 
 

@@ -69,7 +69,7 @@ def stopped_0(ranks: Ranks) -> Any:
         return fail(ranks, "a", timeout_s=1.0)
     time.sleep(0.5)  # Rank 1 is still acknowledging the opening.
     if os.fork() == 0:
-        time.sleep(5)
+        time.sleep(6)
         os.kill(os.getppid(), signal.SIGCONT)
         os._exit(0)
     os.kill(os.getpid(), signal.SIGSTOP)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
-from dscheck.ranks.board import BoardLostError
+from dscheck.ranks import store
+from dscheck.ranks.board import BoardLostError, BoardTimeoutError
 from dscheck.ranks.store import StoreBoard, host_store
 
 
@@ -31,6 +33,18 @@ def test_a_put_to_a_dead_store_does_not_pass_for_done(host: StoreBoard) -> None:
     # torch's `set` returns once more without an error.
     with pytest.raises(BoardLostError):
         board.put("key", b"value", soon())
+
+
+def test_a_call_that_hangs_is_given_up_and_blocks_no_other(host: StoreBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_GRACE_S", 0.1)
+    host.put("key", b"value", soon())
+    hung = threading.Event()
+    started = time.monotonic()
+    with pytest.raises(BoardTimeoutError):
+        host._call(lambda connection: hung.wait(10), time.monotonic() + 0.1)
+    assert host.look("key", soon()) == b"value"
+    assert time.monotonic() - started < 3
+    hung.set()
 
 
 def test_the_first_value_of_a_key_stands(host: StoreBoard) -> None:
