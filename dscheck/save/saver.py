@@ -123,16 +123,29 @@ class Saver:
     def close(self, *, abort: bool) -> None:
         """End the background. `abort` tells the other ranks instead of waiting for the save under way."""
         if abort:
-            self._stop = RankFailureError("training ended by an exception", ranks=[self._ranks.rank], phase="training")
-            if self._current is not None and self._current.capture is not None:
-                self._current.capture.fail(self._stop)
-            if self._current is not None:
-                self._current.handle.join(GRACE_S)
+            self._leave(RankFailureError("training ended by an exception", ranks=[self._ranks.rank], phase="training"))
         else:
             self.drain()
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(GRACE_S)
+
+    def _leave(self, reason: DscheckError) -> None:
+        """Give up the save under way, and let no rank wait for this one, neither there nor in the save to come."""
+        self._stop = reason
+        attempt = self._current
+        if attempt is not None and not attempt.handle.done:
+            if (capture := attempt.capture) is not None:
+                capture.fail(reason)
+            attempt.handle.join(GRACE_S)
+        with contextlib.suppress(DscheckError):
+            self._ranks.exchange(
+                f"save-{self._next_call()}/plan",
+                Failed(str(reason)),
+                self._coordinator.decide_plan,
+                deadline=time.monotonic() + GRACE_S,
+                phase="the next save",
+            )
 
     def _next_call(self) -> int:
         self._calls += 1
@@ -185,8 +198,8 @@ class Saver:
         attempt.capture = attempt.moment = None
         if isinstance(error, SupersededError):
             self.superseded = error
-        if error is not None:
-            self._sent = ""
+        if error is not None and not isinstance(error, SaveSkippedError):
+            self._sent = ""  # rank 0 may have lost what this rank sent
         attempt.handle.finish(error)
         if error is not None and attempt.error is None and not isinstance(error, SaveSkippedError):
             log.error("save of step %d failed: %s", attempt.step, error)
