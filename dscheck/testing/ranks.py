@@ -96,7 +96,7 @@ class SharedBoard:
 
 
 def thread_ranks(n: int, linger_s: float = 5.0) -> list[Ranks]:
-    """N ranks that share a board in this process: rank i for thread i. Rank 0 closes last, as far as `linger_s` allows."""
+    """N ranks that share a board in this process: rank i for thread i. Rank 0 closes last, if `linger_s` allows."""
     keys = _Keys()
     return [BoardRanks(rank, n, SharedBoard(keys, hosts=rank == 0), linger_s=linger_s) for rank in range(n)]
 

@@ -70,7 +70,7 @@ def test_each_rank_computes_the_share_that_the_plan_gives_it() -> None:
 
 
 def test_a_replica_that_lacks_a_tensor_leaves_it_to_those_that_have_it() -> None:
-    """DESIGN: absent on some replicas, the others hold it."""
+    """Absent on some replicas: the others hold it."""
     row = claim("state", (600, 1000), holders=(0, 1, 2))
     merged = merge(ranks_of([], [row], [row]), 4096)
     assert set(written_by(merged.plan)) == {1, 2}

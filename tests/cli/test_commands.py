@@ -1,0 +1,158 @@
+"""The command line as a person uses it: output, exit codes, and what it costs to start."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dscheck import Checkpointer, sharded
+from dscheck.ranks.base import Ranks
+from tests.end_to_end.worlds import job, open_on
+
+WHOLE = "import sys; from dscheck.cli import main; sys.argv[0] = 'dscheck'; main()"
+
+
+def dscheck(*arguments: str, code: str = WHOLE) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps by two ranks; step 2 of an abandoned branch too."""
+    path: Path = tmp_path_factory.mktemp("cli") / "root"
+
+    def run(ranks: Ranks) -> None:
+        rows = torch.full((300, 500), float(ranks.rank))
+        state = {"model": {"w": sharded(rows, (600, 500), (300 * ranks.rank, 0)), "b": torch.ones(3)}, "n": 7}
+        with open_on(ranks, path, state) as ckpt:
+            ckpt.save(1).wait()
+            ckpt.save(2).wait()
+            ckpt.load(1)
+            ckpt.save(3).wait()
+
+    job(2, run)
+    return path
+
+
+def damaged(root: Path, to: Path, step: int = 3) -> Path:
+    """A copy of the root with one bit flipped in a data file of `step`, and that file."""
+    for source in root.rglob("*"):
+        if source.is_file():
+            target = to / source.relative_to(root)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    path = next(to.glob(f"steps/{step}/*/data-1.bin"))
+    data = bytearray(path.read_bytes())
+    data[300_000] ^= 4
+    path.write_bytes(data)
+    return to
+
+
+def test_ls_shows_steps_sizes_ranks_and_which_history_they_are_of(root: Path) -> None:
+    found = dscheck("ls", str(root), "--json")
+    assert found.returncode == 0
+    rows = json.loads(found.stdout)
+    assert [(row["step"], row["history"], row["ranks"]) for row in rows] == [
+        (1, "live", 2),
+        (2, "abandoned", 2),
+        (3, "newest", 2),
+    ]
+    assert rows[0]["bytes"] == 600 * 500 * 4 + 12
+    table = dscheck("ls", str(root)).stdout
+    assert all(word in table for word in ("step", "committed", "size", "ranks", "took", "1.2 MB", "abandoned"))
+
+
+def test_ls_needs_neither_torch_nor_pyarrow(root: Path) -> None:
+    code = (
+        "import sys; from dscheck.cli.ls import show; show(sys.argv[1], False); "
+        "print(sorted(sys.modules.keys() & {'torch', 'pyarrow', 'fsspec'}))"
+    )
+    assert dscheck(str(root), code=code).stdout.splitlines()[-1] == "[]"
+
+
+def test_ls_takes_under_half_a_second(root: Path) -> None:
+    """Of processor time, the best of three: the machine may be busy."""
+
+    def seconds() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert dscheck("ls", str(root)).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return (after.ru_utime + after.ru_stime) - (before.ru_utime + before.ru_stime)
+
+    assert min(seconds() for _ in range(3)) < 0.5
+
+
+def test_inspect_shows_tensors_and_who_holds_and_wrote_their_fragments(root: Path) -> None:
+    rows = json.loads(dscheck("inspect", str(root), "--json").stdout)["rows"]
+    assert [(row["tensor"], row["dtype"], row["shape"], row["fragments"]) for row in rows] == [
+        ("model.b", "float32", [3], 1),
+        ("model.w", "float32", [600, 500], 2),
+    ]
+    rows = json.loads(dscheck("inspect", str(root), "1", "--tensor", "model.w", "--json").stdout)["rows"]
+    assert [(row["region"], row["held by"], row["written by"]) for row in rows] == [
+        ("[0:300, 0:500]", [0], 0),
+        ("[300:600, 0:500]", [1], 1),
+    ]
+    assert "model.w" in dscheck("inspect", str(root)).stdout
+
+
+def test_inspect_of_a_name_that_is_not_there_names_close_ones(root: Path) -> None:
+    found = dscheck("inspect", str(root), "--tensor", "model.ww")
+    assert found.returncode == 1
+    assert "close are model.w" in found.stderr
+
+
+def test_verify_reads_every_block_and_says_that_all_is_well(root: Path) -> None:
+    found = dscheck("verify", str(root))
+    assert found.returncode == 0
+    assert "0 damaged" in found.stdout
+
+
+def test_verify_lists_what_is_damaged_and_exits_with_1(root: Path, tmp_path: Path) -> None:
+    copy = damaged(root, tmp_path / "copy")
+    found = dscheck("verify", str(copy), "3", "--json")
+    assert found.returncode == 1
+    damage: list[dict[str, Any]] = json.loads(found.stdout)["damage"]
+    assert [(row["key"].split("/")[-1], row["offset"]) for row in damage] == [("data-1.bin", 262_144)]
+    assert "model.w" in damage[0]["what"]
+    assert dscheck("verify", str(copy), "1").returncode == 0
+
+
+@pytest.mark.parametrize("lost", ["data-1.bin", "files.arrow"])
+def test_verify_names_an_object_that_is_gone(root: Path, tmp_path: Path, lost: str) -> None:
+    copy = damaged(root, tmp_path / "copy")
+    next(copy.glob(f"steps/3/*/{lost}")).unlink()
+    found = dscheck("verify", str(copy))
+    assert found.returncode == 1
+    assert lost in found.stdout + found.stderr
+
+
+@pytest.mark.parametrize("command", ["ls", "inspect", "verify"])
+def test_a_wrong_root_is_one_line_on_stderr_and_creates_nothing(command: str, tmp_path: Path) -> None:
+    for wrong, code in ((tmp_path / "nowhere", 1), (Path(__file__), 2), ("s4://x/y", 2)):
+        found = dscheck(command, str(wrong))
+        assert found.returncode == code
+        assert found.stderr.startswith("dscheck: ")
+        assert "Traceback" not in found.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_step_that_is_not_there_says_which_are(root: Path) -> None:
+    found = dscheck("inspect", str(root), "9")
+    assert found.returncode == 1
+    assert "committed are 1, 3" in found.stderr
+
+
+def test_a_root_of_a_plain_python_process_has_one_rank(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, {"x": torch.ones(2)}) as ckpt:
+        ckpt.save(1)
+    assert json.loads(dscheck("ls", str(tmp_path), "--json").stdout)[0]["ranks"] == 1
