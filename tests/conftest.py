@@ -4,6 +4,9 @@ import os
 # Set before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# torch looks up the name of each peer it connects to, and waits 5 s when DNS does not answer. No test here needs DNS.
+os.environ.setdefault("RES_OPTIONS", "attempts:0")
+
 import pytest
 from hypothesis import settings
 

@@ -51,6 +51,7 @@ def explored(make: Callable[[Rules], Scenario], rules: Rules) -> Explored:
 
 @pytest.mark.parametrize("make", scenarios.ALL)
 def test_no_interleaving_breaks_a_promise(make: Callable[[Rules], Scenario]) -> None:
+    """TRAPS 28."""
     found = explored(make, RIGHT)
     told = {(note.event, note.actor) for note in found.notes}
     # Each of them gets through in some run: otherwise the scenario would show nothing.

@@ -28,6 +28,7 @@ ATTACKS = {"plan": 2000, "files": 800, "record": 500, "tombstone": 200, "term": 
 
 
 def test_damaged_objects_never_crash_hang_or_allocate() -> None:
+    """TRAPS 36."""
     attacks = [f"{kind}={count}" for kind, count in ATTACKS.items()]
     command = [sys.executable, "-X", "faulthandler", "-m", "tests.manifest.attack", "20261124", *attacks]
     root = Path(__file__).parents[2]

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
-
-# torch looks up the name of each peer it connects to, and waits 5 s when DNS does not answer. No test here needs DNS.
-os.environ.setdefault("RES_OPTIONS", "attempts:0")
 
 from dscheck.ranks.base import Ranks
 from dscheck.ranks.store import StoreBoard, StoreRanks, host_store

@@ -260,6 +260,7 @@ def test_rounds_run_at_once_from_several_threads(make_ranks: MakeRanks) -> None:
 
 
 def test_a_waiting_thread_does_not_delay_another_round(make_ranks: MakeRanks) -> None:
+    """TRAPS 24."""
     members = make_ranks(2)
     waiting = threading.Thread(target=lambda: run_ranks(1, lambda r: ask(members[1], round="never", timeout_s=1.5)))
     waiting.start()
@@ -271,6 +272,7 @@ def test_a_waiting_thread_does_not_delay_another_round(make_ranks: MakeRanks) ->
 
 
 def test_payloads_and_answers_of_many_megabytes(make_ranks: MakeRanks) -> None:
+    """TRAPS 25."""
     members = make_ranks(3)
     size = (20 << 20) + 1
 

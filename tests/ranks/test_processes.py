@@ -47,11 +47,13 @@ def test_a_killed_rank_is_named_by_all_others(report: Report, rank: int) -> None
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_a_killed_rank_0_is_named_long_before_the_deadline(report: Report, rank: int) -> None:
+    """TRAPS 27."""
     check_error(report("killed_0", rank), "RankFailureError", [0], within_s=4)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_second_job_on_the_same_port_sees_nothing_of_the_first(report: Report, rank: int) -> None:
+    """TRAPS 26."""
     assert report("agree_after_killed_0", rank) == ["0,1,2", "0,1,2"]
 
 

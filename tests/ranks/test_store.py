@@ -27,6 +27,7 @@ def soon() -> float:
 
 
 def test_a_put_to_a_dead_store_does_not_pass_for_done(host: StoreBoard) -> None:
+    """TRAPS 25."""
     board = StoreBoard(["localhost"], host._port, "ours")
     board.put("key", b"value", soon())
     host.close()

@@ -224,7 +224,7 @@ def test_a_write_without_progress_is_an_error(
 
 @pytest.mark.parametrize("name", ["write", "fsync", "close"])
 def test_a_failure_is_final(storage: LocalStorage, root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """The kernel reports a lost page once: the same call, tried again, would succeed."""
+    """The kernel reports a lost page once: the same call, tried again, would succeed (TRAPS 31)."""
     before = open_files()
     writer = storage.create("steps/1/1/data-0.bin")
     writer.write(b"first")
