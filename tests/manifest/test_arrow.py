@@ -179,6 +179,7 @@ OTHER_SCHEMAS: dict[str, Callable[[pa.RecordBatch], pa.RecordBatch]] = {
     "more metadata": lambda b: b.replace_schema_metadata({**b.schema.metadata, b"pandas": b"{}"}),
     "no metadata": lambda b: b.replace_schema_metadata(None),
     "block -1": lambda b: b.replace_schema_metadata({**b.schema.metadata, b"dscheck.block_bytes": b"-1"}),
+    "block 1_6": lambda b: b.replace_schema_metadata({**b.schema.metadata, b"dscheck.block_bytes": b"1_6"}),
     "block 1e3": lambda b: b.replace_schema_metadata({**b.schema.metadata, b"dscheck.block_bytes": b"1e3"}),
     "block huge": lambda b: b.replace_schema_metadata({**b.schema.metadata, b"dscheck.block_bytes": b"9" * 19}),
 }

@@ -58,6 +58,7 @@ def test_a_schema_that_is_more_than_plain_is_refused(changed: dict[str, Any]) ->
     "changed",
     [
         {"rows": -1},
+        {"rows": -1, "nodes": [(-1, 0), (0, 0)], "buffers": [(0, 0)] * 4},
         {"rows": 2**31},
         {"rows": 3},
         {"nodes": [(3, 0), (3, 0)]},
@@ -95,6 +96,19 @@ def test_a_buffer_may_be_padded_to_64_bytes_and_no_further() -> None:
             refuses(data)
 
 
+def test_a_validity_bitmap_is_refused() -> None:
+    """format F31"""
+    buffers = [(0, 8), (8, 12), (24, 0), (24, 12)]
+    refuses(stream(batch=message(3, holders_batch(buffers=buffers), b"\xff" * 8 + BODY)))
+    moved = [(0, 0), (8, 12), (24, 0), (24, 12)]
+    assert walk(stream(batch=message(3, holders_batch(buffers=moved), b"\xff" * 8 + BODY)), [HOLDERS])
+
+
+def test_a_negative_number_of_items_is_refused() -> None:
+    changed = {"nodes": [(2, 0), (-1, 0)], "buffers": [(0, 0), (0, 12), (16, 0), (16, 0)]}
+    refuses(stream(batch=message(3, holders_batch(**changed), struct.pack("<3i4x", 0, 1, -1))))
+
+
 @pytest.mark.parametrize("offsets", [(1, 1, 3), (0, 1, -1), (0, 1, 2), (0, 1, 4)])
 def test_offsets_begin_at_zero_and_end_with_the_items(offsets: tuple[int, ...]) -> None:
     refuses(stream(batch=message(3, holders_batch(), struct.pack("<3i", *offsets) + BODY[12:])))
@@ -124,6 +138,8 @@ def test_a_message_of_another_frame_is_refused(changed: dict[str, Any]) -> None:
 def test_a_schema_has_no_body() -> None:
     """format F30"""
     refuses(stream(schema=message(1, holders_schema(), bytes(8))))
+    # Arrow would take the batch for that body, and what follows for the batch.
+    refuses(stream(schema=message(1, holders_schema(), body_bytes=8)))
 
 
 def test_messages_come_in_their_order() -> None:
@@ -133,6 +149,7 @@ def test_messages_come_in_their_order() -> None:
     refuses(stream()[8:])
     refuses(stream() + b"\0")
     refuses(stream()[: -len(END)])
+    refuses(stream()[: -len(END)] + bytes(8))
 
 
 def test_no_offset_of_a_flatbuffer_leads_outside() -> None:
