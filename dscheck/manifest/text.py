@@ -53,7 +53,8 @@ def unseal(data: bytes, key: str, limit_bytes: int | None = LIMIT_BYTES) -> dict
 
 def _parse(text: bytes, key: str) -> dict[str, Any]:
     try:
-        body = json.loads(
+        # What ends with a brace can only be an object.
+        body: dict[str, Any] = json.loads(
             text.decode("ascii") + "}",
             object_pairs_hook=_members,
             parse_int=_int,
@@ -63,8 +64,6 @@ def _parse(text: bytes, key: str) -> dict[str, Any]:
     # RecursionError: nesting beyond what any object of ours has.
     except (ValueError, RecursionError) as error:
         raise _corrupt(key, f"is no JSON of ours ({error})") from error
-    if type(body) is not dict:
-        raise _corrupt(key, f"holds a {type(body).__name__}, an object expected")
     return body
 
 

@@ -321,6 +321,9 @@ def test_files_of_another_plan_are_refused() -> None:
     validate_files(rows, PLAN)
     with pytest.raises(LayoutError, match="the plan has 2 ranks"):
         validate_files(rows[:1], PLAN)
+    later = dataclasses.replace(PLAN.fragments[2], offset=128)
+    with pytest.raises(LayoutError, match="checksums at 72; by the plan 3 at 136"):
+        validate_files(rows, dataclasses.replace(PLAN, fragments=(*PLAN.fragments[:2], later)))
     moved = dataclasses.replace(PLAN, fragments=PLAN.fragments[:2])
     with pytest.raises(LayoutError, match="data file 1 has 3 blocks with checksums at 72; by the plan 2 at 24"):
         validate_files(rows, moved)

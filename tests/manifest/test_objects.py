@@ -192,6 +192,10 @@ class Own(dict[str, int]):
     pass
 
 
+class Half(np.float16):
+    pass
+
+
 Point = namedtuple("Point", "x y")
 REFUSED: dict[str, Any] = {
     "int subclass": Colour.RED,
@@ -217,6 +221,7 @@ REFUSED: dict[str, Any] = {
     "masked array": np.ma.zeros(2),
     "datetime64": np.datetime64("2026-01-01"),
     "long double": np.longdouble(1),
+    "np.float16 subclass": Half(1),
     "np.void": np.void(b"xx"),
     "np.str_": np.str_("x"),
     "dtype": np.dtype("int8"),
@@ -317,6 +322,7 @@ DAMAGED: dict[str, Any] = {
     "deque too long": {"$": "deque", "v": [1, 2], "maxlen": 1},
     "maxlen of True": {"$": "deque", "v": [], "maxlen": True},
     "bytes that are no base64": {"$": "bytes", "v": "A!=="},
+    "bytes with a line feed": {"$": "bytes", "v": "AP8=\n"},
     "bytes without padding": {"$": "bytes", "v": "AAE"},
     "bytes of a list": {"$": "bytes", "v": [1]},
     "int in decimals": {"$": "int", "v": "12"},
@@ -334,6 +340,8 @@ DAMAGED: dict[str, Any] = {
     "array with bytes too many": array_of(data="AQACAAMA"),
     "array of a huge shape": array_of(shape=[2**40, 2**40]),
     "array of a huge empty shape": array_of(shape=[0, 2**62, 2**62], data=""),
+    "tensor of a huge empty shape": array_of(lib="torch", shape=[0, 2**62, 2**62], data=""),
+    "tensor of a shape of bools": array_of(lib="torch", shape=[True, 2]),
     "array of a negative shape": array_of(shape=[-1, -2]),
     "array of a shape of floats": array_of(shape=[1.0, 2.0]),
     "array of a shape of bools": array_of(shape=[True, 2]),

@@ -204,6 +204,18 @@ def test_a_large_fragment_lies_on_a_page() -> None:
     dataclasses.replace(PLAN, tensors=(large,), fragments=on_page).validate()
 
 
+def test_a_fragment_ends_below_the_largest_offset() -> None:
+    """format F56"""
+    row = TensorRow("a", "uint8", (100,))
+    for offset, fits in ((2**63 - 192, True), (2**63 - 64, False)):
+        fragments = (Fragment(0, Region((0,), (100,)), 0, offset, 100, 0, 0),)
+        plan = dataclasses.replace(PLAN, tensors=(row,), fragments=fragments)
+        if fits:
+            plan.validate()
+        else:
+            refuses(plan, "not aligned, or impossible")
+
+
 def test_fragments_of_a_file_do_not_overlap() -> None:
     """format F57"""
     refuses(fragment(2, offset=0, first_block=2), "overlaps another one")
