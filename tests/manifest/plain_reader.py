@@ -61,30 +61,30 @@ def sealed(data: bytes, *kinds: str) -> dict:
 
 def numbered(root: Path, folder: str, pattern: str) -> dict[tuple[int, ...], Path]:
     """The objects of a folder whose names are numbers in the given pattern, by those numbers."""
-    number = pattern.replace("N", "(0|[1-9][0-9]*)")
-    found = {path: re.fullmatch(number, path.name) for path in (root / folder).glob("*")}
-    return {tuple(map(int, match.groups())): path for path, match in found.items() if match}
+    number, found = re.compile(pattern.replace("N", "(0|[1-9][0-9]*)"), re.ASCII), {}
+    for path in (root / folder).glob("[!.]*"):
+        check((match := number.fullmatch(path.name)) is not None, f"the name {path}")
+        found[tuple(map(int, match.groups()))] = path
+    return found
 
 
 def newest(root: Path) -> dict:
-    """The record of the newest step: of the newest term and its ancestry, unless that is empty and hides nothing."""
-    terms = {n: sealed(path.read_bytes(), "term") for (n,), path in numbered(root, "terms", r"N\.json").items()}
+    """The record of the newest step: the greatest (term, step) that is no tombstone (docs/commit.md P18, P21)."""
     records = {
-        key: record
-        for key, path in numbered(root, "records", r"N-N\.json").items()
-        if (record := sealed(path.read_bytes(), "record", "tombstone"))["kind"] == "record"
+        (term, step): sealed(path.read_bytes(), "record", "tombstone")
+        for (step, term), path in numbered(root, "records", r"N-N\.json").items()
     }
-    check(all(key == (record["step"], record["term"]) for key, record in records.items()), "a record's name")
-    for term in sorted(terms, reverse=True):
-        visible, at, last = {}, term, math.inf
-        while at is not None:
-            visible |= {key: record for key, record in records.items() if key[1] == at and key[0] <= last}
-            parent = terms[at]["parent"] or {"term": None, "step": 0}
-            check(parent["term"] is None or parent["term"] < at, "a parent that is younger")
-            at, last = parent["term"], min(last, parent["step"])
-        if visible or terms[term]["parent"]:
-            return visible[max(visible)]
-    raise FileNotFoundError(f"no step in {root}")
+    terms = {n: sealed(path.read_bytes(), "term") for (n,), path in numbered(root, "terms", r"N\.json").items()}
+    check(sorted(terms) == list(range(1, len(terms) + 1)), "a gap in the terms")
+    for number, term in terms.items():
+        check(term["term"] == number and (not term["parent"] or term["parent"]["term"] < number), f"term {number}")
+    for key, record in records.items():
+        check(key == (record["term"], record["step"]) and key[0] in terms, f"record {key}")
+        check(record["kind"] == "tombstone" or record["term_id"] == terms[key[0]]["id"], f"the term of record {key}")
+    steps = [key for key, record in records.items() if record["kind"] == "record"]
+    if not steps:
+        raise FileNotFoundError(f"no step in {root}")
+    return records[max(steps)]
 
 
 def tables(data: bytes, *names: str) -> tuple[list[list[SimpleNamespace]], dict[str, str]]:

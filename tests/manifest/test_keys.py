@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dscheck.errors import StorageError
+from dscheck.commit.history import read_history
+from dscheck.errors import CorruptCheckpointError, StorageError
 from dscheck.manifest import keys
 from dscheck.storage.local import LocalStorage
 from tests.manifest.plain_reader import read
@@ -79,7 +80,7 @@ def test_names_with_a_dot_in_front_are_not_there(tmp_path: Path) -> None:
         "records/.9-1.json",
         "terms/.9.json",
         ".records/9-1.json",
-        "records/notes.txt",
+        "steps/5/notes.txt",
         "steps/5/1/.data-9.bin",
     ):
         (tmp_path / stray).parent.mkdir(exist_ok=True)
@@ -90,6 +91,18 @@ def test_names_with_a_dot_in_front_are_not_there(tmp_path: Path) -> None:
         ".9" in entry.key for folder in ("records/", "terms/") for entry in LocalStorage(tmp_path).list(folder)
     )
     assert read(tmp_path).record["step"] == 5
+
+
+@pytest.mark.parametrize("stray", ["records/notes.txt", "records/05-1.json", "terms/1.json.bak"])
+def test_other_names_among_terms_and_records_are_damage(tmp_path: Path, stray: str) -> None:
+    """format F3, F4"""
+    put_term(tmp_path, 1)
+    Step(5, 1, model()).write(tmp_path)
+    (tmp_path / stray).write_bytes(b"notes")
+    with pytest.raises(ValueError, match="the name"):
+        read(tmp_path)
+    with pytest.raises(CorruptCheckpointError):
+        read_history(LocalStorage(tmp_path))
 
 
 def test_no_object_names_another_by_its_key(tmp_path: Path) -> None:

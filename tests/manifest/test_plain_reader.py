@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dscheck.commit.history import read_history
 from dscheck.manifest.arrow import decode_files
 from dscheck.manifest.keys import data_key, files_key, record_key
 from dscheck.manifest.record import Tombstone
 from dscheck.native import crc32c
+from dscheck.storage.local import LocalStorage
 from tests.manifest import plain_reader
 from tests.manifest.plain_reader import read
 from tests.manifest.samples import Step, Whole, model, put, put_term
@@ -190,22 +192,37 @@ def test_counts_are_those_of_the_plan(root: Path) -> None:
     assert counts["blocks"] == sum(blocks for _, blocks in plan.file_ends())
 
 
-def test_a_step_of_a_term_continues_where_its_parent_was_left(tmp_path: Path) -> None:
-    """format F19, F21"""
+def test_the_newest_step_is_the_greatest_of_the_newest_term_that_has_one(tmp_path: Path) -> None:
+    """format F19, F21, F22"""
+    storage = LocalStorage(tmp_path)
+
+    def newest() -> tuple[int, int]:
+        record = read(tmp_path).record
+        found = read_history(storage).newest
+        assert found is not None
+        assert (found.step, found.term) == (record["step"], record["term"])
+        return found.step, found.term
+
     put_term(tmp_path, 1)
     for step in (100, 200, 300):
         Step(step, 1, {}).write(tmp_path)
-    assert read(tmp_path).record["step"] == 300
+    assert newest() == (300, 1)
     put_term(tmp_path, 2, parent=(1, 100))
-    assert read(tmp_path).record["step"] == 100
-    Step(150, 2, {}).write(tmp_path)
-    assert read(tmp_path).record["step"] == 150
-    put_term(tmp_path, 3, parent=(2, 150))
-    assert read(tmp_path).record["step"] == 150
-    put_term(tmp_path, 4)
-    assert read(tmp_path).record["step"] == 150
-    Step(10, 4, {}).write(tmp_path)
-    assert read(tmp_path).record["step"] == 10
+    assert newest() == (300, 1)
+    Step(150, 2, {}).write(tmp_path, "t2")
+    assert newest() == (150, 2)
+    put_term(tmp_path, 3)
+    assert newest() == (150, 2)
+    Step(10, 3, {}).write(tmp_path, "t3")
+    assert newest() == (10, 3)
+
+
+def test_a_record_of_another_claim_is_refused(tmp_path: Path) -> None:
+    """format F20, F22"""
+    put_term(tmp_path, 1)
+    Step(100, 1, {}).write(tmp_path, "another's id")
+    with pytest.raises(ValueError, match="term of record"):
+        read(tmp_path)
 
 
 def test_a_tombstone_is_no_step(tmp_path: Path) -> None:
