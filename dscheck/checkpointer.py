@@ -171,7 +171,6 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
-        self._fences.fence()
         self._saver.close(abort=abort)
         self._fences.remove()
         self._ranks.close()

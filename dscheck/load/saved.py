@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -40,15 +41,20 @@ def saved_state(contents: Contents, rank: int, world: int) -> SavedState:
     return SavedState(tensors, ours, conflicted, contents.mine, options, saved_world)
 
 
+def _text(value: Any) -> str:
+    """Equal for equal values of equal types: to Python 1, 1.0 and True are one."""
+    return json.dumps(value)
+
+
 def _differ(found: Mapping[int, Any]) -> bool:
-    values = list(found.values())
-    return any(value != values[0] for value in values[1:])
+    return len({_text(value) for value in found.values()}) > 1
 
 
 def _join(into: dict[str, Any], more: Mapping[str, Any], optimizer: str) -> None:
     """Options by parameter of several ranks: pipeline stages have other parameters, replicas the same."""
     for parameter, options in more.items():
-        if into.setdefault(parameter, options) != options:
+        known = into.setdefault(parameter, options)
+        if known is not options and _text(known) != _text(options):
             raise StateError(
                 f"optimizer '{optimizer}': the saved ranks had different options for parameter '{parameter}'",
                 path=f"{optimizer}.{parameter}",
