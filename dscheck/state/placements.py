@@ -172,4 +172,4 @@ def _mesh_cut(
     )
     holders = tuple(sorted(mesh.mesh[same].flatten().tolist()))
     local = local_shape(shape, mesh_shape, placements, coordinate)
-    return Cut(shape, local, tuple((there, here) for there, here in pieces if there.numel), holders, group, Proof.MESH)
+    return Cut(shape, local, pieces, holders, group, Proof.MESH)

@@ -10,12 +10,19 @@ import pickle
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, TypeVar
 
+import pytest
+import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 T = TypeVar("T")
+
+# Loaded by the first DTensor: here once, not in the process of each rank.
+for module in ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"):
+    import_module(module)
 
 
 @contextmanager
@@ -43,6 +50,8 @@ def forked(count: int, run: Callable[[int], T]) -> list[T]:
 
     One process may be the same rank of several worlds, one after the other.
     """
+    if torch.cuda.is_available():
+        pytest.skip("CUDA does not survive a fork: run with CUDA_VISIBLE_DEVICES= to test this")
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     processes = [context.Process(target=_child, args=(rank, run, pipes[rank][1])) for rank in range(count)]

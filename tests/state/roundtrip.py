@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dscheck.layout.region import Region
-from dscheck.state import FlatState, LiveState, Proof, Restore, SavedState, SavedTensor, TensorLeaf
+from dscheck.state import FlatState, LiveState, Restore, SavedState, SavedTensor, TensorLeaf
 from dscheck.state.tensors import torch_dtype
 
 
@@ -73,7 +73,11 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 def _copy(leaf: TensorLeaf, whole: torch.Tensor, count: torch.Tensor) -> None:
     for part in leaf.parts:
         assert tuple(part.view.shape) == part.region.shape
-        assert leaf.proof is Proof.CLAIM or part.region.numel
+        assert part.region.numel
+        assert type(part.view) is torch.Tensor
+        assert not part.view.is_conj()
+        assert not part.view.is_neg()
+        assert not part.view.requires_grad
         _at(whole, part.region).copy_(part.view)
         _at(count, part.region).add_(1)
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dscheck.errors import StateError, StateMismatchError
-from dscheck.state import FlatState, LiveState, Proof, TensorLeaf
+from dscheck.state import FlatState, LiveState, Proof, TensorLeaf, sharded
 from tests.state.roundtrip import load, save
 
 
@@ -69,6 +69,8 @@ def test_checkpointed_and_data_parallel_layers_add_nothing_to_names() -> None:
     assert leaves({"model": nn.Sequential(checkpoint_wrapper(Inner()))}).keys() == NAMES
     assert leaves({"model": nn.DataParallel(nn.Sequential(Inner()))}).keys() == NAMES
     assert leaves({"model": nn.Sequential(nn.DataParallel(checkpoint_wrapper(Inner())))}).keys() == NAMES
+    below = checkpoint_wrapper(nn.Sequential(nn.DataParallel(Inner())))
+    assert leaves({"model": below}).keys() == NAMES
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -124,6 +126,12 @@ def test_parameters_that_share_memory_are_tied_too() -> None:
     assert leaf.aliases == ("model.head.weight",)
 
 
+def test_one_memory_cut_in_two_ways_is_two_tensors() -> None:
+    local = torch.zeros(2, 3)
+    found = leaves({"whole": local, "part": sharded(local, (4, 3), (0, 0))})
+    assert {name: leaf.shape for name, leaf in found.items()} == {"whole": (2, 3), "part": (4, 3)}
+
+
 def test_a_view_of_a_part_is_a_tensor_of_its_own() -> None:
     whole = torch.arange(6.0)
     found = leaves({"whole": whole, "part": whole[:3]})
@@ -138,6 +146,13 @@ def test_untied_names_both_load_what_was_tied() -> None:
     load(checkpoint, {"model": other})
     assert torch.equal(other.head.weight, model.embed.weight)
     assert torch.equal(other.embed.weight, model.embed.weight)
+
+
+def test_a_tie_loads_into_the_same_tie() -> None:
+    model, other = Tied(), Tied()
+    restore, _ = load(save({"model": model}), {"model": other})
+    assert torch.equal(other.embed.weight, model.embed.weight)
+    assert (restore.missing, restore.unexpected) == ((), ())
 
 
 def test_two_saved_tensors_into_tied_memory_is_an_error_that_names_both() -> None:

@@ -204,6 +204,11 @@ def test_a_mapping_that_contains_itself_is_refused() -> None:
         save({"state": state})
 
 
+def test_a_container_may_be_met_twice() -> None:
+    shared = {"w": torch.ones(2)}
+    assert save({"a": [shared, shared]}).aliases == {"a.1.w": "a.0.w"}
+
+
 @pytest.mark.parametrize("name", ["dscheck", "dscheck.rng", "", 3])
 def test_reserved_names_are_refused(name: Any) -> None:
     with pytest.raises(StateError, match="the state has the name"):

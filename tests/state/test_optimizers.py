@@ -269,7 +269,8 @@ def test_owners_are_none_for_frozen_and_twice_stepped_parameters() -> None:
     model[0].weight.requires_grad_(False)
     one = torch.optim.SGD([model[0].bias, model[2].bias])
     other = torch.optim.SGD([model[2].weight, model[2].bias])
-    flat = LiveState({"model": model, "one": one, "other": other}, rank=0, world=1).flatten()
+    third = torch.optim.SGD([model[2].bias])
+    flat = LiveState({"model": model, "one": one, "other": other, "third": third}, rank=0, world=1).flatten()
     owners = {leaf.name: leaf.owner for leaf in flat.tensors}
     assert owners == {
         "model.0.weight": None,

@@ -221,23 +221,26 @@ def test_fsdp_over_tp_is_saved_in_any_layout_and_loaded_in_any_other() -> None:
         for mesh in MESHES:
             if rank < (world := math.prod(mesh)):
                 with fake_rank(rank, world):
-                    for checkpoint in checkpoints:
-                        compare_loaded(checkpoint, mesh, rank)
+                    compare_loaded(checkpoints, mesh, rank)
 
     forked(RANKS, loaded_on)
 
 
-def compare_loaded(checkpoint: Checkpoint, mesh: tuple[int, ...], rank: int) -> None:
+def compare_loaded(checkpoints: list[Checkpoint], mesh: tuple[int, ...], rank: int) -> None:
     model, reference = parallel_model(mesh, 9, False), parallel_model(mesh, 9, True)
-    optimizer, expected = torch.optim.AdamW(model.parameters(), lr=1.0), stepped(reference)
-    load(checkpoint, {"model": model, "optimizer": optimizer}, rank=rank, world=math.prod(mesh), rng=False)
-    for live, there in zip(model.parameters(), reference.parameters(), strict=True):
-        assert torch.equal(live.to_local(), there.to_local())
-        mine, theirs = optimizer.state[live], expected.state[there]
-        assert mine.keys() == theirs.keys()
-        assert torch.equal(mine["step"], theirs["step"])
-        assert mine["exp_avg"].placements == theirs["exp_avg"].placements
-        assert torch.equal(mine["exp_avg"].to_local(), theirs["exp_avg"].to_local())
+    expected = stepped(reference)
+    for checkpoint in checkpoints:
+        for live in model.parameters():
+            live.detach().to_local().zero_()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+        load(checkpoint, {"model": model, "optimizer": optimizer}, rank=rank, world=math.prod(mesh), rng=False)
+        for live, there in zip(model.parameters(), reference.parameters(), strict=True):
+            assert torch.equal(live.to_local(), there.to_local())
+            mine, theirs = optimizer.state[live], expected.state[there]
+            assert mine.keys() == theirs.keys()
+            assert torch.equal(mine["step"], theirs["step"])
+            assert mine["exp_avg"].placements == theirs["exp_avg"].placements
+            assert torch.equal(mine["exp_avg"].to_local(), theirs["exp_avg"].to_local())
 
 
 def test_the_step_of_a_sharded_parameter_is_the_same_on_all_ranks_of_its_mesh() -> None:
@@ -280,3 +283,42 @@ def test_factored_state_of_a_sharded_parameter_is_loaded_whole() -> None:
         return value.to_local()
 
     assert all(torch.equal(value, indices(6, 1)) for value in on_each(2, loaded))
+
+
+class Holder:
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.value = state["value"]
+
+
+def test_a_dtensor_in_an_object_is_a_tensor_by_its_mesh() -> None:
+    def made(fill: float) -> dict[str, Any]:
+        tensor = distribute_tensor(indices(5) * fill, init_device_mesh("cpu", (2,)), [Shard(0)], src_data_rank=None)
+        return {"ema": Holder(tensor)}
+
+    checkpoint = save(on_each(2, lambda rank: flatten(made(1.0), rank, 2)))
+    assert torch.equal(checkpoint.tensors["ema.value"], indices(5))
+
+    def loaded(rank: int) -> torch.Tensor:
+        state = made(0.0)
+        load(checkpoint, state, rank=rank, world=2, rng=False)
+        return state["ema"].value.to_local()
+
+    assert torch.equal(torch.cat(on_each(2, loaded)), indices(5))
+    whole = Holder(None)
+    load(checkpoint, {"ema": whole}, rng=False)
+    assert torch.equal(whole.value, indices(5))
+
+
+@alone(0, 2)
+def test_nested_state_of_a_sharded_parameter_is_refused_by_name() -> None:
+    model = fully_shard(nn.Linear(4, 4, bias=False), mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(model.parameters())
+    optimizer.state[model.weight]["history"] = [torch.ones(3)]
+    with pytest.raises(StateError, match=r"'optimizer\.state\.history\.model\.weight\.0' has shape \[3\]"):
+        flatten({"model": model, "optimizer": optimizer}, 0, 2)
