@@ -89,7 +89,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--save-every", type=int, default=10, help="0: never")
     parser.add_argument("--tp", type=int, default=1, help="ranks that share each layer")
-    parser.add_argument("--journal", type=Path, default=Path(), help="folder for losses and times, a file a rank")
+    parser.add_argument(
+        "--journal", type=Path, help="folder for losses and times, a file a rank; else they are printed"
+    )
     return parser.parse_args()
 
 
@@ -98,7 +100,7 @@ def main(storage_of: Callable[[str], str | Storage] = str) -> None:
     torch.use_deterministic_algorithms(True)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
-    journal = Journal(given.journal / f"rank-{os.environ.get('RANK', '0')}.jsonl")
+    journal = Journal(given.journal and given.journal / f"rank-{os.environ.get('RANK', '0')}.jsonl")
     train(storage_of(given.root), steps=given.steps, save_every=given.save_every, tp=given.tp, journal=journal)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """A file of JSON lines: what was loaded, every step, and every save that has ended."""
+    """JSON lines in a file, or on standard output: what was loaded, every step, and every save that has ended."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", buffering=1)
+    def __init__(self, path: Path | None) -> None:
+        self._file = sys.stdout if path is None else path.open("a", buffering=1)
         self._saves: list[SaveHandle] = []
 
     def loaded(self, report: LoadReport | None) -> None:

@@ -26,11 +26,6 @@ def versions(*packages: str) -> dict[str, str]:
     return {"python": platform.python_version()} | {package: version(package) for package in packages}
 
 
-def available_bytes() -> int:
-    """Memory that can be had without pushing anything out."""
-    return int(_field(Path("/proc/meminfo"), "MemAvailable").split()[0]) << 10
-
-
 def disk(folder: Path) -> str:
     """The file system and the kind of device below it, such as "ext4 on virtio"."""
     system = _file_system(folder)

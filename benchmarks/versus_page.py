@@ -16,16 +16,17 @@ PAGE = """\
 `{command}`
 
 {tensors} tensors: a GPT in fp32 with AdamW's moments, each cut by rows over the ranks. {machine}; {versions}.
-Medians of {rounds} rounds after a first one, the slowest rank's seconds; every load compared bit for bit. Caches were
-emptied before each load ({evicted_by}). Raw disk: the same bytes, {direct}, one process a rank and one chunk at a time:
-buffered reads, for which the kernel reads ahead, can be faster.
+Medians of {rounds} rounds after a first one, the slowest rank's seconds; every load compared bit for bit. Before each
+load the caches were emptied ({evicted_by}); before each save but the first round's the page cache's memory was warmed.
+Raw disk: the same bytes, {direct}, one process a rank and one chunk at a time: buffered reads, for which
+the kernel reads ahead, can be faster.
 
 {speeds}
 
 A save counts from its call until it is durable and committed. dscheck writes and checks a checksum a block, DCP none.
 Bytes that dscheck read for each byte wanted, on the worst rank: {read}.
 
-How long a save holds training up, in seconds: the first one, and the median of the later ones.
+How long a save holds training up, in seconds: the first one, in memory as it was found, and the median of the later.
 
 {blocked}
 

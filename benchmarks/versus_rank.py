@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.contenders import ALL, Contender, DcpAsync, RawDisk
-from benchmarks.machine import available_bytes
-from benchmarks.raw_disk import evict, warm
+from benchmarks.raw_disk import evict, warm_page_cache
 from benchmarks.sharded_state import Layout, gpt_shapes, live
 
 LAYOUTS: tuple[Layout, ...] = ("rows", "columns", "stages")
@@ -46,6 +45,7 @@ class Comparison:
 
     def measure(self, contender: Contender, step: int) -> dict[str, Any]:
         """One save by all ranks, then a load into each layout; the slowest rank's seconds."""
+        self.warm(step)
         on_first_rank(os.sync)
         saved = worst(asdict(contender.save(step)))
         layouts = LAYOUTS[:1] if isinstance(contender, RawDisk) else () if isinstance(contender, DcpAsync) else LAYOUTS
@@ -63,6 +63,12 @@ class Comparison:
         if not isinstance(contender, RawDisk) and (wrong := into.wrong()):
             raise WrongBytesError(f"{contender.name}, {layout}: {len(wrong)} tensors differ, '{wrong[0]}' first")
         return taken
+
+    def warm(self, step: int) -> None:
+        """What the page cache takes next was in use just now, as `evict` leaves it for a load; not in the first round."""
+        if step > 0:
+            warm_page_cache(self.folder / f"warm-{dist.get_rank()}", self.state.nbytes())
+        dist.barrier()
 
     def evict(self) -> None:
         self.evicted_by = evict(self.folder, everything=self.drop_caches)
@@ -89,8 +95,6 @@ def on_first_rank(call: Callable[[], None]) -> None:
 def main(folder: str, nbytes: int, rounds: int, drop_caches: bool) -> None:
     dist.init_process_group("gloo")
     comparison = Comparison(Path(folder), nbytes, drop_caches=drop_caches)
-    # The state's copies of both ranks: one that is captured, one that is loaded, one in the page cache.
-    warm(min(3 * comparison.state.nbytes(), available_bytes() // (2 * dist.get_world_size())))
     measured = [comparison.round(step) for step in range(rounds + 1)]
     comparison.close()
     total = torch.tensor(comparison.state.nbytes())
