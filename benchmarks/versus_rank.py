@@ -65,7 +65,7 @@ class Comparison:
         return taken
 
     def warm(self, step: int) -> None:
-        """What the page cache takes next was in use just now, as `evict` leaves it for a load; not in the first round."""
+        """What the page cache takes next was in use just now, as `evict` leaves it; not so in the first round."""
         if step > 0:
             warm_page_cache(self.folder / f"warm-{dist.get_rank()}", self.state.nbytes())
         dist.barrier()
