@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.journal import read_journal
-from benchmarks.launch import run_ranks, tail
+from benchmarks.launch import run_ranks, trouble
 from dscheck.commit import read_history
 from dscheck.storage import open_storage
 
@@ -88,7 +88,7 @@ class Demo:
         arguments = [*prefix, self.root(run), *options]
         status = run_ranks(run.ranks, module, arguments, log=log, timeout_s=TIMEOUT_S)
         if (status != 0) != killed:
-            raise Disagreement(f"the {run.name} run ended with status {status}:\n{tail(log)}")
+            raise Disagreement(f"the {run.name} run ended with status {status}:\n{trouble(log)}")
         return log
 
     def train_whole(self) -> None:
@@ -101,7 +101,7 @@ class Demo:
         )
         log = self.launch(KILLED, killed=True)
         if "SIGKILL" not in log.read_text(errors="replace"):
-            raise Disagreement(f"rank {KILL_RANK} did not die of SIGKILL:\n{tail(log)}")
+            raise Disagreement(f"rank {KILL_RANK} did not die of SIGKILL:\n{trouble(log)}")
         storage = open_storage(self.root(KILLED))
         sizes = {entry.key: entry.size for entry in storage.list("steps/")}
         whole, torn = (

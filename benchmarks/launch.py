@@ -33,7 +33,9 @@ def run_ranks(
     try:
         return process.wait(timeout_s)
     except subprocess.TimeoutExpired as error:
-        raise TimeoutError(f"{module} on {ranks} ranks did not end within {timeout_s:.0f} s:\n{tail(log)}") from error
+        raise TimeoutError(
+            f"{module} on {ranks} ranks did not end within {timeout_s:.0f} s:\n{trouble(log)}"
+        ) from error
     finally:
         stop(process)
 
@@ -50,6 +52,8 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def tail(log: Path, lines: int = 40) -> str:
-    """The end of a log."""
-    return "\n".join(log.read_text(errors="replace").rstrip().split("\n")[-lines:])
+def trouble(log: Path, limit: int = 40) -> str:
+    """The lines of a log that are likely to say why: from the first traceback on, else the last ones."""
+    lines = log.read_text(errors="replace").rstrip().split("\n")
+    first = next((index for index, line in enumerate(lines) if "Traceback" in line), max(0, len(lines) - limit))
+    return "\n".join(lines[first : first + limit])

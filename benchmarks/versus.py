@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launch import REPOSITORY, run_ranks, tail
+from benchmarks.launch import REPOSITORY, run_ranks, trouble
 from benchmarks.machine import describe, versions
 from benchmarks.versus_page import page, ratios, summarize
 
@@ -47,7 +47,7 @@ def measure(folder: Path, gb: float, rounds: int, *, drop_caches: bool) -> dict[
         limit_s = 120 + (rounds + 1) * gb * 200
         status = run_ranks(RANKS, "benchmarks.versus_rank", arguments, log=log, timeout_s=limit_s, env=MALLOC)
         if status != 0:
-            raise BenchmarkError(f"the ranks ended with status {status}:\n{tail(log)}")
+            raise BenchmarkError(f"the ranks ended with status {status}:\n{trouble(log)}")
         measured: dict[str, Any] = json.loads((Path(inner) / "measured.json").read_text())
         return measured
 

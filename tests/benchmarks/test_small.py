@@ -20,7 +20,7 @@ from benchmarks import demo, demo_killed, gpu_check
 from benchmarks.corpus import Windows, library_sources
 from benchmarks.gpt import GPT, Shape, cut_by_columns_and_rows, shard_fully
 from benchmarks.journal import Journal, read_journal
-from benchmarks.launch import REPOSITORY, run_ranks
+from benchmarks.launch import REPOSITORY, run_ranks, trouble
 from benchmarks.machine import describe
 from benchmarks.raw_disk import evict, read_direct, write_direct
 from benchmarks.sharded_state import Layout, contents, gpt_shapes, live
@@ -238,6 +238,14 @@ def test_the_machine_is_described_without_its_name_or_paths(tmp_path: Path) -> N
 def test_ranks_that_do_not_end_are_ended(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError, match="did not end within"):
         run_ranks(1, "http.server", ["0", "--bind", "127.0.0.1"], log=tmp_path / "log", timeout_s=0.5)
+
+
+def test_the_first_traceback_of_a_log_is_shown(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("begins\n" + "Traceback: of the rank\nwhy\n" + "torchrun's own\n" * 100)
+    assert trouble(log).startswith("Traceback: of the rank\nwhy\n")
+    log.write_text("line\n" * 100 + "last\n")
+    assert trouble(log, limit=2) == "line\nlast"
 
 
 def test_versus_measures_all_and_leaves_nothing_behind(tmp_path: Path) -> None:
