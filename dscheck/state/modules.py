@@ -92,7 +92,8 @@ def _with_extra_state(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _refuse_computed(path: str, key: str, tensor: torch.Tensor, module: nn.Module) -> None:
     """A tensor that a state_dict hook makes anew each time cannot be loaded in place."""
-    again = module.state_dict(keep_vars=True).get(key)
+    with _left_as_it_is(module):
+        again = module.state_dict(keep_vars=True).get(key)
     if not isinstance(again, torch.Tensor) or again.data_ptr() != tensor.data_ptr():
         raise StateError(
             f"'{path}' is computed by a state_dict hook of {type(module).__name__} and is no live parameter or buffer: "

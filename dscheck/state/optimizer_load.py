@@ -34,7 +34,7 @@ class OptimizerLoad:
         for group, members in self.optimizer.groups:
             on_device = bool(group.get("capturable") or group.get("fused"))
             for parameter in members:
-                saved_name = self._saved_name(parameter, match, stored)
+                saved_name = self._saved_name(parameter, match)
                 if saved_name is not None:
                     self._prepare_state(parameter, stored.get(saved_name, {}), match, references, complete, on_device)
                 elif complete:
@@ -59,9 +59,9 @@ class OptimizerLoad:
         for group, options in self._options:
             _apply_options(group, options)
 
-    def _saved_name(self, parameter: Parameter, match: Match, stored: Mapping[str, Any]) -> str | None:
+    def _saved_name(self, parameter: Parameter, match: Match) -> str | None:
         known = match.saved.options.get(self.optimizer.name, {})
-        return next((name for name in parameter.names if name in known or name in stored), None)
+        return next((name for name in parameter.names if name in known), None)
 
     def _prepare_state(
         self,
