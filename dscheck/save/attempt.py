@@ -114,6 +114,7 @@ class Attempt:
     error: str | None = None
     busy: bool = False
     joined: list[str] = field(default_factory=list)
+    exchanging: bool = False
     planned: bool = False
 
     @property

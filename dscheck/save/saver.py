@@ -37,6 +37,9 @@ from dscheck.storage.base import Storage
 
 log = logging.getLogger("dscheck")
 
+POLL_S = 0.05
+"""How often a rank that gives up looks whether its save has ended."""
+
 
 class Saver:
     """All saves of one Checkpointer on one rank. `save`, `drain` and `close` are for the training thread."""
@@ -134,10 +137,8 @@ class Saver:
         """Give up the save under way, and let no rank wait for this one, neither there nor in the save to come."""
         self._stop = reason
         attempt = self._current
-        if attempt is not None and not attempt.handle.done:
-            if (capture := attempt.capture) is not None:
-                capture.fail(reason)
-            attempt.handle.join(GRACE_S)
+        if attempt is not None and (capture := attempt.capture) is not None:
+            capture.fail(reason)
         with contextlib.suppress(DscheckError):
             self._ranks.exchange(
                 f"save-{self._next_call()}/plan",
@@ -146,6 +147,17 @@ class Saver:
                 deadline=time.monotonic() + GRACE_S,
                 phase="the next save",
             )
+        if attempt is not None:
+            self._end_round_of(attempt)
+
+    def _end_round_of(self, attempt: Attempt) -> None:
+        """Return when the attempt has ended. While it writes it sees `_stop` by itself; in a round it would wait."""
+        until, exchanging = time.monotonic() + GRACE_S, False
+        while not attempt.handle.join(POLL_S) and time.monotonic() < until:
+            # Seen twice: it has arrived by now, so that closing fails its round for all.
+            if exchanging and attempt.exchanging:
+                self._ranks.close()
+            exchanging = attempt.exchanging
 
     def _next_call(self) -> int:
         self._calls += 1
@@ -281,14 +293,18 @@ class Saver:
 
     def _exchange(self, attempt: Attempt, phase: str, mine: Ok | Failed) -> dict[str, Any]:
         attempt.joined.append(phase)
+        attempt.exchanging = True
         decide = self._coordinator.decide_plan if phase == "plan" else self._coordinator.decide_arrive
-        answer = self._ranks.exchange(
-            f"save-{attempt.number}/{phase}",
-            mine,
-            decide,
-            deadline=attempt.handle.deadline,
-            phase=f"{phase} of step {attempt.step}",
-        )
+        try:
+            answer = self._ranks.exchange(
+                f"save-{attempt.number}/{phase}",
+                mine,
+                decide,
+                deadline=attempt.handle.deadline,
+                phase=f"{phase} of step {attempt.step}",
+            )
+        finally:
+            attempt.exchanging = False
         decoded: dict[str, Any] = unpack(answer)
         return decoded
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from dscheck import Checkpointer, sharded
-from dscheck.errors import DscheckError
+from dscheck.errors import DscheckError, RankFailureError
 from dscheck.storage import LocalStorage
 from dscheck.testing.faults import Fault, Faulty, after, amid, before
 from tests.processes.pool import Ended, Job, note
@@ -24,7 +24,7 @@ from tests.processes.roots import newest
 
 RANKS = 3
 TIMEOUT_S = 5.0
-SOON_S = 2.0
+SOON_S = 3.0
 """How long a failure takes that nobody has to wait for, on a busy machine."""
 
 
@@ -93,7 +93,7 @@ ACCIDENTS = {
 
 
 class Outcome(NamedTuple):
-    error: DscheckError | None
+    error: Exception | None
     seconds: float
 
 
@@ -107,7 +107,7 @@ def meet(rank: int, name: str, root: str, port: int) -> Outcome:
         ckpt.save(1).wait()
         move_to(state, 2, rank)
         dist.barrier()
-        note("step 1 is saved")
+        note("saved")
         began = time.monotonic()
         if mine and accident.instead:
             accident.instead(state)
@@ -148,7 +148,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scene]:
     for name in ACCIDENTS:
         folder, port = tmp_path_factory.mktemp("accident"), free_port()
         jobs[name] = folder, port, Job(folder / "job", RANKS, meet, name, str(folder / "root"), port)
-        jobs[name][2].wait_for(0, "step 1 is saved")
+        jobs[name][2].wait_for(0, "saved")
     return {name: Scene(folder, port, job.join()) for name, (folder, port, job) in jobs.items()}
 
 
@@ -190,3 +190,31 @@ def test_the_next_run_sees_nothing_of_one_that_died(name: str, scenes: dict[str,
     scene = scenes[name]
     job = Job(tmp_path / "next", RANKS, go_on, str(scene.folder / "root"), scene.port)
     assert job.results() == [[1, 2, 3]] * RANKS
+
+
+def leave_a_round(rank: int, root: str) -> Outcome:
+    """Rank 1 is late for the save that rank 2 gives up by an exception, while it waits with rank 0."""
+    began = time.monotonic()
+    try:
+        with Checkpointer(root, state_at(1, rank), timeout_s=TIMEOUT_S) as ckpt:
+            dist.barrier()
+            began = time.monotonic()
+            if rank == 1:
+                time.sleep(TIMEOUT_S - 1.0)
+            handle = ckpt.save(1)
+            if rank == 2:
+                time.sleep(0.5)
+                raise ZeroDivisionError("in the model")
+            handle.wait()
+    except (DscheckError, ZeroDivisionError) as error:
+        return Outcome(error, time.monotonic() - began)
+    raise AssertionError("saved")
+
+
+def test_a_rank_that_leaves_by_an_exception_ends_the_round_it_waits_in(tmp_path: Path) -> None:
+    first, late, left = Job(tmp_path / "job", RANKS, leave_a_round, str(tmp_path / "root")).results()
+    assert isinstance(left.error, ZeroDivisionError)
+    assert left.seconds < SOON_S
+    assert first.error.fields["ranks"] == (2,)
+    assert first.seconds < 0.5 + SOON_S
+    assert isinstance(late.error, RankFailureError)
