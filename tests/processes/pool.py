@@ -91,14 +91,14 @@ class Job:
             os.kill(self._pid(rank), signal.SIGKILL)
         return time.monotonic()
 
-    def wait_for(self, rank: int, note: Any, timeout_s: float = 60.0) -> None:
-        """Return when `rank` has noted this; raises when it ends before."""
+    def wait_for(self, rank: int, kind: str, times: int = 1, timeout_s: float = 60.0) -> None:
+        """Return when `rank` has made so many notes of this kind, their first item; raises when it ends before."""
         until = time.monotonic() + timeout_s
-        while note not in [what for _, what in self.ended[rank].notes]:
+        while [what[0] for _, what in self.ended[rank].notes].count(kind) < times:
             if not (self._pipes[rank].poll(max(0.0, until - time.monotonic())) and self._receive(rank)):
                 self.end()
                 self.ended[rank].result()
-                raise AssertionError(f"rank {rank} did not note {note!r} within {timeout_s} s")
+                raise AssertionError(f"rank {rank} did not note {kind!r} within {timeout_s} s")
 
     def join(self, timeout_s: float = 90.0) -> list[Ended]:
         """How all ranks ended. What is left after `timeout_s` is killed, and shows as that."""
@@ -148,10 +148,10 @@ class Job:
 _parent: Connection | None = None
 
 
-def note(what: Any) -> None:
+def note(kind: str, *what: Any) -> None:
     """Tell the parent something that it will know even if this rank is killed right after."""
     assert _parent is not None
-    _parent.send((time.monotonic(), "note", what))
+    _parent.send((time.monotonic(), "note", (kind, *what)))
 
 
 def _serve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,6 +165,14 @@ def whole(held: Sequence[Holding], apart: str = "none") -> dict[str, Any]:
             found[name] = here | known
         assert all(found.setdefault(name, value) == value for name, value in rank.objects.items())
     return found
+
+
+def fingerprint(held: Sequence[Holding]) -> str:
+    """A digest of all that these ranks hold together."""
+    found = sorted(whole(held).items())
+    return hashlib.sha256(
+        repr([(name, sorted(v.items()) if isinstance(v, dict) else v) for name, v in found]).encode()
+    ).hexdigest()
 
 
 def _bits(values: np.ndarray[Any, Any]) -> list[bytes]:
