@@ -1,8 +1,9 @@
-"""Which steps exist, and which of them are the live history: those on the ancestry of the newest record's term (C2)."""
+"""Which steps exist, and which of them are the live history: those on the ancestry of the newest claimed term (C2)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,7 +13,6 @@ from dscheck.commit.listing import (
     StepRef,
     list_records,
     list_terms,
-    newest_record,
     read_step,
     unsteady,
 )
@@ -27,14 +27,12 @@ from dscheck.storage.base import Storage
 class History:
     """What a root held when it was listed. `names`: of all records, of which some may turn out to be tombstones.
 
-    `newest_term` is the highest claimed term, 0 for none; it may have no record yet, and then changes nothing (P18).
-    Terms and records are read when they are asked for, each once.
+    `newest_term` is the highest claimed term, 0 for none. Terms and records are read when asked for, each once.
     """
 
     storage: Storage
     names: frozenset[StepRef]
     newest_term: int
-    newest: StepRef | None
     _claims: dict[int, Term] = field(default_factory=dict, repr=False, compare=False)
     _found: dict[StepRef, Record | Tombstone | None] = field(default_factory=dict, repr=False, compare=False)
 
@@ -49,8 +47,13 @@ class History:
         return self.claim(1).run if self.newest_term else None
 
     @cached_property
+    def newest(self) -> StepRef | None:
+        """The greatest step of the live history, None for none (P16). Steps ascend along it: the first found counts."""
+        return next((ref for ref in self._live_names() if self._still(ref)), None)
+
+    @cached_property
     def visible(self) -> tuple[StepRef, ...]:
-        """The steps of the live history, ascending (P19). Reads every record that is not of the newest term."""
+        """The steps of the live history, ascending (P17). Reads every record that is not of the newest term."""
         steps: dict[int, StepRef] = {}
         for ref in self._live_names():
             if ref.step not in steps and self._exists(ref):
@@ -119,11 +122,32 @@ class History:
             term=holder.term,
         )
 
-    def _live_names(self) -> Iterator[StepRef]:
-        """The names on the newest record's ancestry, by descending term: of each parent the steps up to the one
-        resumed from.
+    @cached_property
+    def _head(self) -> int | None:
+        """The term whose ancestry is the live history: the newest, but for those without parent and record (P16)."""
+        for number in reversed(self.terms):
+            if any(self._still(ref) for ref in self._by_term.get(number, ())) or self.claim(number).parent is not None:
+                return number
+        return None
+
+    def _settled(self, known: int) -> bool:
+        """Whether `newest` is what the root said at one time. `known`: a term that was claimed before the listing.
+
+        A claim that came after the records were listed may continue from one that came after, too: then it looks gone,
+        and what is left is neither old nor new. Raises Changed.
         """
-        number = None if self.newest is None else self.newest.term
+        newest, head = self.newest, self._head
+        if head is None or head <= known or (newest and newest.term == head):
+            return True
+        parent = self.claim(head).parent
+        assert parent is not None, "a term without a record counts by its parent"
+        return StepRef(parent[1], parent[0]) in self.names
+
+    def _live_names(self) -> Iterator[StepRef]:
+        """The names of the live history, by descending term and step: of each parent those up to the one resumed
+        from.
+        """
+        number = self._head
         limit: int | None = None
         while number is not None:
             yield from (ref for ref in self._by_term.get(number, ()) if limit is None or ref.step <= limit)
@@ -133,7 +157,7 @@ class History:
     @cached_property
     def _by_term(self) -> dict[int, list[StepRef]]:
         found: dict[int, list[StepRef]] = {}
-        for ref in self.names:
+        for ref in sorted(self.names, reverse=True):
             found.setdefault(ref.term, []).append(ref)
         return found
 
@@ -142,28 +166,35 @@ class History:
             self._found[ref] = read_step(self.storage, ref)
         return self._found[ref]
 
+    def _still(self, ref: StepRef) -> bool:
+        """Whether it is a step. Raises Changed when it was listed and is gone (P15)."""
+        found = self._read(ref)
+        if found is None:
+            raise Changed
+        return isinstance(found, Record)
+
     def _exists(self, ref: StepRef) -> bool:
-        # Only terms older than the newest can have tombstones (P24), and terms were listed after the records.
+        # Only terms older than the newest can have tombstones (P22), and terms were listed after the records.
         return ref.term == self.newest_term or isinstance(self._read(ref), Record)
 
 
 def read_history(storage: Storage) -> History:
-    """List the root: records first, then terms, so that a record that is seen has its term in the later listing (P16).
+    """List the root: records first, then terms, so that a record that is seen has its term in the later listing (P14).
 
-    Raises CorruptCheckpointError (P21) for a name that is not ours, a gap in the terms, a record without its term,
-    and plans or steps without any term; CheckpointNotFoundError when something keeps deleting what is newest (P17).
+    The newest step is known when this returns: the record that it names was there.
+
+    Raises CorruptCheckpointError (P19) for a name that is not ours, a gap in the terms, a record without its term,
+    and plans or steps without any term; CheckpointNotFoundError when something keeps deleting what is newest (P15).
     """
+    known = 0
     for _ in range(LOOKS):
         names, newest_term = list_records(storage), list_terms(storage)
         _refuse_orphans(storage, names, newest_term)
-        try:
-            record = newest_record(storage, names)
-        except Changed:
-            continue
-        if record is None:
-            return History(storage, names, newest_term, None)
-        newest = StepRef(record.step, record.term)
-        return History(storage, names, newest_term, newest, _found={newest: record})
+        history = History(storage, names, newest_term)
+        with suppress(Changed):
+            if history._settled(known):
+                return history
+        known = newest_term
     raise unsteady(storage)
 
 

@@ -1,8 +1,7 @@
-"""What the names in `records/` and `terms/` say, and which record is the newest."""
+"""What the names in `records/` and `terms/` say, and what is behind one of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from dscheck.commit.once import read_if_there
@@ -21,11 +20,11 @@ class StepRef:
 
 
 class Changed(Exception):
-    """A record that was listed is gone: the listing is older than a deletion, and cannot be trusted any more (P17)."""
+    """A record that was listed is gone: the listing is older than a deletion, and cannot be trusted any more (P15)."""
 
 
 def list_records(storage: Storage) -> frozenset[StepRef]:
-    """The names in records/, of which some may turn out to be tombstones. Unknown names are damage (P21)."""
+    """The names in records/, of which some may turn out to be tombstones. Unknown names are damage (P19)."""
     found = set()
     for entry in storage.list("records/"):
         numbers = parse_record_key(entry.key)
@@ -36,7 +35,7 @@ def list_records(storage: Storage) -> frozenset[StepRef]:
 
 
 def list_terms(storage: Storage) -> int:
-    """The highest claimed term, 0 for none; all below it are there. Unknown names and gaps are damage (P21)."""
+    """The highest claimed term, 0 for none; all below it are there. Unknown names and gaps are damage (P19)."""
     found = set()
     for entry in storage.list("terms/"):
         term = parse_term_key(entry.key)
@@ -62,38 +61,14 @@ def read_step(storage: Storage, ref: StepRef) -> Record | Tombstone | None:
     return None if stored is None else decode_record(stored, key)
 
 
-def newest_record(storage: Storage, names: Iterable[StepRef]) -> Record | None:
-    """The record of the greatest term, and in it of the greatest step (P18). Reads down to the first that is no
-    tombstone; raises Changed when one is gone.
-    """
-    for ref in sorted(names, key=lambda ref: (ref.term, ref.step), reverse=True):
-        found = read_step(storage, ref)
-        if found is None:
-            raise Changed
-        if isinstance(found, Record):
-            return found
-    return None
-
-
-def look_newest(storage: Storage) -> StepRef | None:
-    """The newest committed step as the storage shows it now: one LIST and one read, but where tombstones are."""
-    for _ in range(LOOKS):
-        try:
-            record = newest_record(storage, list_records(storage))
-        except Changed:
-            continue
-        return None if record is None else StepRef(record.step, record.term)
-    raise unsteady(storage)
-
-
 LOOKS = 8
-"""Each look that fails saw a deletion between its LIST and its read: more than one in a row is a storage gone wrong."""
+"""Each look that fails met a deletion or a claim between its LIST and its reads: many in a row are a fault."""
 
 
 def unsteady(storage: Storage) -> CheckpointNotFoundError:
     return CheckpointNotFoundError(
-        f"{storage.url}: {LOOKS} times a record was listed and gone when it was read; something deletes steps there: "
-        "stop it, and try again"
+        f"{storage.url}: {LOOKS} times in a row it changed between its listing and the reads that followed; something "
+        "deletes steps there, or job after job claims it: stop that, and try again"
     )
 
 

@@ -19,7 +19,7 @@ def put_once(storage: Storage, key: str, data: bytes) -> bytes:
 
     After an error the object is read back: a conditional PUT that succeeded may lose its answer (TRAPS 30). When
     nothing is there, or it cannot be read either, StorageError: the request may still arrive, so nothing that the
-    object names may be deleted. It is never sent again from here. Source: docs/commit.md P3, P12.
+    object names may be deleted. It is never sent again from here. Source: docs/commit.md P3, P11.
     """
     failure: StorageError | None = None
     try:

@@ -55,10 +55,10 @@ def check_files(storage: Storage, step: int, term: int, files: Sequence[FileRow]
 def publish(storage: Storage, record: Record) -> Record:
     """The step exists and is this job's to acknowledge (C1). All that `record` names is durable before this is called.
 
-    Raises SupersededError when a newer term exists: before (nothing was written) or after (the step exists, and may
-    not be acknowledged: the other job may have looked before it did), or when gc gave the step up; StorageError when
+    Raises SupersededError when a newer term exists, or when gc gave the step up: nothing was written; StorageError when
     another record has the name, or when nobody can say whether ours has: then nothing of the attempt may be deleted;
-    ConfigError for a step that does not exceed the one that its term continues from.
+    ConfigError for a step that does not exceed the one that its term continues from. A newer claim that comes while the
+    record is created is not looked for: it wins, and the next call finds it (P10).
     """
     key = record_key(record.step, record.term)
     parent = confirm(storage, record.term, record.term_id).parent
@@ -75,17 +75,16 @@ def publish(storage: Storage, record: Record) -> Record:
             url=storage.url,
             key=key,
         )
-    refuse_newer(storage, record.term)
     return stored
 
 
 def await_record(
     storage: Storage, step: int, term: int, identity: str, *, deadline: float = 0.0, poll_s: float = 0.2
 ) -> bool:
-    """Whether the attempt `identity` committed after all, and may be acknowledged: for a rank without an answer (C7).
+    """Whether the attempt `identity` committed after all: for a rank without an answer (C7).
 
     Reads at once, then every `poll_s` seconds until `deadline` on time.monotonic() (the default: once).
-    Raises as `publish` does; CorruptCheckpointError when another attempt has the name.
+    Raises SupersededError for a tombstone; CorruptCheckpointError when another attempt has the name.
     """
     while True:
         found = read_step(storage, StepRef(step, term))
@@ -99,7 +98,6 @@ def await_record(
     if found.id != identity:
         key = record_key(step, term)
         raise CorruptCheckpointError(f"{storage.url}/{key}: another attempt has this step's record", key=key)
-    refuse_newer(storage, term)
     return True
 
 

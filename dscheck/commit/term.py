@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import replace
-from types import EllipsisType
 
-from dscheck.commit.listing import StepRef, look_newest
 from dscheck.commit.once import put_once, read_if_there
 from dscheck.errors import CorruptCheckpointError, StorageError, SupersededError
 from dscheck.manifest.keys import term_key
@@ -23,18 +21,13 @@ def claim(
     run: str | None,
     host: str,
     now: float,
-    newest: StepRef | EllipsisType | None = ...,
 ) -> Term:
     """Claim term `seen` + 1, which continues from `parent` (term, step), or from nothing.
 
-    `newest` is the newest committed step that this job knew when it chose `parent`, or committed itself since; None
-    for none. It must be the newest one still, before the claim and after it: else a step that somebody acknowledged
-    meanwhile would leave the live history (P5). `...` leaves that out.
-    Raises SupersededError, with term, host and time of the other job, when that job was faster or has committed;
-    StorageError when the storage does not honour put-if-absent (P4), or fails.
+    With a parent the live history goes on from there at once; without one, with the first record (P16).
+    Raises SupersededError, with term, host and time of the other job, when that job was faster; StorageError when the
+    storage does not honour put-if-absent (P4), or fails: then the claim may still arrive, and this job has no term.
     """
-    # Before, too: a job that lost already must not stop the other one for nothing.
-    _refuse_moved(storage, newest)
     identity = uuid.uuid4().hex
     term = Term(seen + 1, identity, run or identity, parent, host, now)
     key = term_key(term.term)
@@ -42,7 +35,6 @@ def claim(
     if winner.id != term.id:
         raise _superseded(storage, winner, "another job was faster")
     _probe(storage, term)
-    _refuse_moved(storage, newest)
     return term
 
 
@@ -99,21 +91,6 @@ def _probe(storage: Storage, term: Term) -> None:
             url=storage.url,
             key=key,
         )
-
-
-def _refuse_moved(storage: Storage, newest: StepRef | EllipsisType | None) -> None:
-    if isinstance(newest, EllipsisType):
-        return
-    found = look_newest(storage)
-    if found == newest:
-        return
-    known = "none" if newest is None else f"step {newest.step} of term {newest.term}"
-    if found is None:
-        raise CorruptCheckpointError(
-            f"{storage.url}: the newest step was {known}, and now there is none: it was deleted"
-        )
-    what = f"step {found.step} was committed there; the newest that this job knows is {known}"
-    raise _superseded(storage, read_term(storage, found.term), what)
 
 
 def _superseded(storage: Storage, winner: Term, what: str) -> SupersededError:

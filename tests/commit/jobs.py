@@ -29,8 +29,7 @@ class Job:
         history = read_history(storage)
         found = None if fresh else history.resolve(step)
         parent = None if found is None else (found.term, found.step)
-        seen, run = history.newest_term, history.run
-        term = claim(storage, seen=seen, parent=parent, run=run, host=host, now=1e9, newest=history.newest)
+        term = claim(storage, seen=history.newest_term, parent=parent, run=history.run, host=host, now=1e9)
         return cls(storage, term)
 
     def prepare(self, step: int) -> Record:

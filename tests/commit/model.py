@@ -18,11 +18,11 @@ TOMBSTONE = "tombstone"
 
 
 class Claim(NamedTuple):
-    """`saw`, for the checker alone: the records that the claiming job knew of. Any other it left unknowingly."""
+    """`parent`: the (term, step) that its owner continues from. `id`: the number of the owner's try."""
 
     owner: str
     parent: tuple[int, int] | None
-    saw: frozenset[Any] = frozenset()
+    id: int = 0
 
 
 class Committed(NamedTuple):
@@ -41,7 +41,7 @@ class Rules:
     claim_put_if_absent: bool = True
     lost_claim_read_back: bool = True
     each_claim_has_its_id: bool = True
-    look_after_claim: bool = True
+    no_way_back_from_a_claim: bool = True
     # A step
     plan_of_own_term: bool = True
     files_checked: bool = True
@@ -50,19 +50,19 @@ class Rules:
     record_put_if_absent: bool = True
     lost_record_read_back: bool = True
     tombstone_honoured: bool = True
-    next_term_checked_before_answer: bool = True
     failed_attempt_kept: bool = True
     # The history
     records_listed_first: bool = True
-    claim_alone_hides_nothing: bool = True
+    missing_parent_looked_for: bool = True
+    claim_counts_at_once: bool = True
+    fresh_claim_hides_nothing: bool = True
     highest_term_wins: bool = True
     parents_cut_at_resume: bool = True
     # gc
     gc_older_terms_only: bool = True
     gc_tombstones: bool = True
     gc_stops_in_doubt: bool = True
-    gc_keeps_what_newer_claims_continue: bool = True
-    gc_terms_listed_last: bool = True
+    gc_keeps_what_a_fresh_start_hides: bool = True
     gc_record_before_data: bool = True
     gc_buries_deleted_records: bool = True
     gc_keeps_tombstones: bool = True
@@ -92,10 +92,6 @@ def plans(store: Store) -> frozenset[Key]:
     return frozenset(key for key in store if key[0] == "plan")
 
 
-def newest_committed(store: Store) -> Committed | None:
-    return max(committed(store), default=None)
-
-
 def ancestry(terms: dict[int, Claim], top: int | None, cut: bool = True) -> dict[int, float]:
     """Of each term on the way down from `top`, up to which step it counts."""
     limits: dict[int, float] = {}
@@ -117,12 +113,13 @@ def visible_from(
 
 
 def head(rules: Rules, records: frozenset[Committed], terms: dict[int, Claim]) -> int | None:
-    """The term whose ancestry is the live history: the highest one that holds a record."""
-    with_record = max((r.term for r in records), default=None)
-    top = max(terms, default=None)
-    if rules.claim_alone_hides_nothing or top is None or terms[top].parent is None:
-        return with_record
-    return top
+    """The term whose ancestry is the live history: the highest one, but for those without parent and record."""
+    with_record = {r.term for r in records}
+    for number in sorted(terms, reverse=True):
+        counts = rules.claim_counts_at_once if terms[number].parent else not rules.fresh_claim_hides_nothing
+        if counts or number in with_record:
+            return number
+    return None
 
 
 def visible(rules: Rules, records: frozenset[Committed], terms: dict[int, Claim]) -> frozenset[Committed]:
@@ -140,8 +137,8 @@ def job(rules: Rules, me: str, steps: tuple[int, ...], *, resume: int | str = "n
 
     def run() -> Run:
         done: set[int] = set()
-        for _ in range(tries):
-            term, base = yield from load_and_claim(rules, me, resume)
+        for number in range(tries):
+            term, base = yield from load_and_claim(rules, me, resume, number)
             left = [step for step in steps if term is not None and step > base and step not in done]
             for step in left:
                 if (yield from save(rules, me, term, step)) != "acked":
@@ -149,6 +146,18 @@ def job(rules: Rules, me: str, steps: tuple[int, ...], *, resume: int | str = "n
                 done.add(step)
             if done.issuperset(left) and term is not None:
                 return
+
+    return actor(run)
+
+
+def second_thought(rules: Rules, me: str, term: int, parent: tuple[int, int], step: int) -> Actor:
+    """The owner of `term`, a save of which has failed: it claims the next one, and goes on only there."""
+
+    def run() -> Run:
+        claimed = yield from claim(rules, me, term + 1, parent, 1)
+        if claimed is None and rules.no_way_back_from_a_claim:
+            return
+        yield from save(rules, me, claimed or term, step)
 
     return actor(run)
 
@@ -164,44 +173,54 @@ def zombie(rules: Rules, me: str, term: int, steps: tuple[int, ...]) -> Actor:
     return actor(run)
 
 
-def load_and_claim(rules: Rules, me: str, resume: int | str) -> Run:
+def load_and_claim(rules: Rules, me: str, resume: int | str, number: int) -> Run:
     """The claimed term, or None, and the step that it continues."""
+    records, terms = yield from look(rules, 0)
+    if any(r.term not in terms for r in records):
+        yield Note("finds damage", me, None)
+        return None, 0
+    base = newest(rules, records, terms)
+    if isinstance(resume, int):
+        base = next((r for r in visible(rules, records, terms) if r.step == resume), None)
+        if base is None:
+            return None, 0
+    elif base is None:
+        yield Note("finds nothing", me, None)
+    if resume == "fresh":
+        base = None
+    if not rules.terms:
+        return max(terms, default=1), base.step if base else 0
+    parent = (base.term, base.step) if base else None
+    term = yield from claim(rules, me, max(terms, default=0) + 1, parent, number)
+    return term, base.step if base else 0
+
+
+def look(rules: Rules, known: int) -> Run:
+    """The records and the terms. `known`: the highest term that was seen before."""
     if rules.records_listed_first:
         records = yield Look(committed)
         terms = dict((yield Look(claims)))
     else:
         terms = dict((yield Look(claims)))
         records = yield Look(committed)
-    if any(r.term not in terms for r in records):
-        yield Note("finds damage", me, None)
-        return None, 0
-    seen = newest(rules, records, terms)
-    base = seen
-    if isinstance(resume, int):
-        base = next((r for r in visible(rules, records, terms) if r.step == resume), None)
-        if base is None:
-            return None, 0
-    if resume == "fresh":
-        base = None
-    if not rules.terms:
-        return max(terms, default=1), base.step if base else 0
-    term = yield from claim(rules, me, max(terms, default=0) + 1, base, seen, records)
-    return term, base.step if base else 0
+    top = head(rules, records, terms)
+    if rules.missing_parent_looked_for and top is not None and top > known:
+        names = {(r.term, r.step) for r in records}
+        parent = terms[top].parent
+        if parent is not None and parent not in names and all(term != top for term, _ in names):
+            return (yield from look(rules, max(terms)))
+    return records, terms
 
 
-def claim(
-    rules: Rules, me: str, number: int, base: Committed | None, seen: Committed | None, saw: frozenset[Committed]
-) -> Run:
-    mine = Claim(me, (base.term, base.step) if base else None, saw)
+def claim(rules: Rules, me: str, number: int, parent: tuple[int, int] | None, tried: int) -> Run:
+    mine = Claim(me, parent, tried)
     won = yield Put(("term", number), mine, replaces=not rules.claim_put_if_absent)
     if won is not True:
         found = (yield Get(("term", number))) if rules.lost_claim_read_back or won is False else mine
         ours = found == mine if rules.each_claim_has_its_id else found is not None and found.owner == me
         if not ours:
             return None
-    if rules.look_after_claim and (yield Look(newest_committed)) != seen:
-        return None
-    yield Note("owns", me, number)
+    yield Note("owns", me, (number, mine))
     return number
 
 
@@ -231,8 +250,8 @@ def write(rules: Rules, me: str, term: int, step: int) -> Run:
 
 
 def publish(rules: Rules, me: str, record: Committed) -> Run:
-    key, after = ("record", record.term, record.step), ("term", record.term + 1)
-    if rules.next_term_checked_after_data and (yield Get(after)):
+    key = ("record", record.term, record.step)
+    if rules.next_term_checked_after_data and (yield Get(("term", record.term + 1))):
         return "superseded"
     done = yield Put(key, record, replaces=not rules.record_put_if_absent)
     if done is not True:
@@ -245,8 +264,6 @@ def publish(rules: Rules, me: str, record: Committed) -> Run:
             if not rules.failed_attempt_kept:
                 yield Delete(("data", record.term, record.step))
             return "failed"
-    if rules.next_term_checked_before_answer and (yield Get(after)):
-        return "superseded"
     yield Note("acknowledges", me, record)
     return "acked"
 
@@ -255,19 +272,15 @@ def gc(rules: Rules, me: str = "gc") -> Actor:
     """Remove abandoned steps, attempts that never committed, and plans that no record names, of older terms only."""
 
     def run() -> Run:
-        top = max(dict((yield Look(claims))), default=0)
+        terms = dict((yield Look(claims)))
+        top = max(terms, default=0)
         if not rules.gc_older_terms_only:
             top += 1
         tried = sorted(name for name in (yield Look(attempts)) if name[0] < top)
         dead = yield from bury(rules, tried, (yield Look(record_names)))
         if dead is None:
             return
-        if rules.gc_terms_listed_last:
-            records = yield Look(committed)
-            terms = dict((yield Look(claims)))
-        else:
-            terms = dict((yield Look(claims)))
-            records = yield Look(committed)
+        records = yield Look(committed)
         abandoned = sorted((r.term, r.step) for r in records - kept(rules, records, terms) if r.term < top)
         for name in abandoned:
             if not (yield from drop(rules, name)) and rules.gc_stops_in_doubt:
@@ -303,10 +316,14 @@ def bury(rules: Rules, tried: list[tuple[int, int]], named: frozenset[tuple[int,
 
 
 def kept(rules: Rules, records: frozenset[Committed], terms: dict[int, Claim]) -> frozenset[Committed]:
-    """All that the live history shows, or would show after the first record of a newer claim."""
-    top = head(rules, records, terms)
-    tops = {top} | {t for t in terms if rules.gc_keeps_what_newer_claims_continue and (top is None or t > top)}
-    return frozenset().union(*(visible_from(t, records, terms) for t in tops))
+    """All that a job may have found that claims next: a term without a parent hid nothing before its first record."""
+    found: set[Committed] = set()
+    for number in sorted(terms, reverse=True):
+        found |= visible_from(number, records, terms)
+        committed_there = any(r.term == number for r in records)
+        if terms[number].parent or (committed_there and not rules.gc_keeps_what_a_fresh_start_hides):
+            break
+    return frozenset(found)
 
 
 def drop(rules: Rules, name: tuple[int, int]) -> Run:

@@ -3,10 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import NamedTuple
 
 from tests.commit.explorer import Note, Store
-from tests.commit.model import Claim, Committed, Rules, ancestry, claims, committed, head, newest, visible, visible_from
+from tests.commit.model import (
+    RIGHT,
+    Claim,
+    Committed,
+    Rules,
+    ancestry,
+    claims,
+    committed,
+    head,
+    newest,
+    visible,
+    visible_from,
+)
+
+
+class Seen(NamedTuple):
+    """A store as its readers see it under the rules of the run, and whose terms count by the right ones."""
+
+    records: frozenset[Committed]
+    terms: dict[int, Claim]
+    shown: frozenset[Committed]
+    newest: Committed | None
+    limits: dict[int, float]
+    incomplete: Committed | None
 
 
 class Safety:
@@ -15,66 +38,89 @@ class Safety:
     def __init__(self, rules: Rules, first: Store) -> None:
         self.rules = rules
         self.acknowledged = committed(first)
-        self._known: dict[int, tuple[Any, ...]] = {}
+        self._known: dict[int, Seen] = {}
+        self._moved: dict[tuple[int, int], str | None] = {}
         self._believed: dict[tuple[int, frozenset[Note]], str | None] = {}
 
     def check(self, before: Store, after: Store, notes: frozenset[Note], new: tuple[Note, ...]) -> str | None:
-        records, terms, shown, latest, incomplete = self._of(after)
-        if incomplete:
-            return f"{incomplete} is committed and lacks an object of its own"
-        was = self._of(before)[3]
-        if latest != was and (latest in self._of(before)[0] or latest is None):
-            return f"newest went from {was} to {latest}, which is neither old nor new"
-        if latest != was and was is not None and latest.term < was.term:
-            return f"{latest} of an older term became newest after {was}"
-        key = (id(after), notes)
-        if key not in self._believed:
-            self._believed[key] = self._beliefs(records, terms, shown, notes)
-        return self._believed[key] or self._told(records, new)
+        move = id(before), id(after)
+        if move not in self._moved:
+            self._moved[move] = moved(self._of(before), self._of(after))
+        believed = id(after), notes
+        if believed not in self._believed:
+            self._believed[believed] = self._beliefs(self._of(after), notes)
+        return self._moved[move] or self._believed[believed] or self._told(self._of(after), new)
 
-    def _of(self, store: Store) -> tuple[Any, ...]:
+    def _of(self, store: Store) -> Seen:
         # Stores live as long as the explorer, which makes each content once: their identity is a safe name.
         if id(store) not in self._known:
             records, terms = committed(store), dict(claims(store))
-            shown = visible(self.rules, records, terms)
-            incomplete = next((r for r in records if not complete(store, r)), None)
-            self._known[id(store)] = (records, terms, shown, newest(self.rules, records, terms), incomplete)
+            self._known[id(store)] = Seen(
+                records,
+                terms,
+                visible(self.rules, records, terms),
+                newest(self.rules, records, terms),
+                ancestry(terms, head(RIGHT, records, terms)),
+                next((r for r in records if not complete(store, r)), None),
+            )
         return self._known[id(store)]
 
-    def _beliefs(
-        self,
-        records: frozenset[Committed],
-        terms: dict[int, Claim],
-        shown: frozenset[Committed],
-        notes: frozenset[Note],
-    ) -> str | None:
-        owners: dict[Hashable, str] = {}
+    def _beliefs(self, seen: Seen, notes: frozenset[Note]) -> str | None:
+        owned: set[Hashable] = set()
         for note in notes:
-            if note.event == "owns" and owners.setdefault(note.about, note.actor) != note.actor:
-                return f"two jobs own term {note.about}"
+            if note.event == "owns" and isinstance(note.about, tuple):
+                number, claim = note.about
+                if seen.terms.get(number) != claim or number in owned:
+                    return f"{note.actor} takes term {number} for its own"
+                owned.add(number)
+            if note.event == "acknowledges" and isinstance(note.about, Committed) and forsaken(note.about, seen.terms):
+                return f"{note.actor} acknowledged {note.about}, and its own claim continues from before it"
             if note.event == "finds damage":
                 return f"{note.actor} takes a sound root for a damaged one"
+            if note.event == "finds nothing" and self.acknowledged:
+                return f"{note.actor} finds no step in a root that never was without"
         told = {note.about for note in notes if note.event == "acknowledges" and isinstance(note.about, Committed)}
-        acknowledged = self.acknowledged | told
-        for record in acknowledged - shown:
-            if not deliberately_abandoned(record, head(self.rules, records, terms), terms):
-                return f"acknowledged {record} was replaced or left the live history"
+        for record in (self.acknowledged | told) - seen.shown:
+            if record.step <= seen.limits.get(record.term, 0):
+                return f"acknowledged {record} was lost or replaced, and no newer claim left it behind"
         return None
 
-    def _told(self, records: frozenset[Committed], new: tuple[Note, ...]) -> str | None:
+    def _told(self, seen: Seen, new: tuple[Note, ...]) -> str | None:
         for note in new:
-            if note.event == "gives up" and note.about in records:
+            if note.event == "gives up" and note.about in seen.records:
                 return f"{note.actor} reports a failure, and {note.about} is committed"
         return None
+
+
+def moved(before: Seen, after: Seen) -> str | None:
+    """What is wrong with a change of the store."""
+    if after.incomplete:
+        return f"{after.incomplete} is committed and lacks an object of its own"
+    names = {(r.term, r.step) for r in before.records - after.records}
+    if names & {(r.term, r.step) for r in after.records}:
+        return f"the record of {names} was replaced"
+    claimed = [claim for number, claim in after.terms.items() if number not in before.terms and claim.parent]
+    if claimed:
+        now = None if after.newest is None else (after.newest.term, after.newest.step)
+        return None if now == claimed[0].parent else f"{claimed[0]} made {now} newest"
+    if after.newest == before.newest:
+        return None
+    created = after.records - before.records
+    if after.newest is None or after.newest not in created:
+        return f"newest went from {before.newest} to {after.newest}, which was neither created nor claimed to continue"
+    if any(number > after.newest.term and claim.parent for number, claim in after.terms.items()):
+        return f"{after.newest} became newest after a newer claim"
+    return None
+
+
+def forsaken(record: Committed, terms: dict[int, Claim]) -> bool:
+    """Whether a later claim of its own owner leaves `record` behind."""
+    return any(
+        number > record.term and claim.owner == record.owner and not visible_from(number, {record}, terms)
+        for number, claim in terms.items()
+    )
 
 
 def complete(store: Store, record: Committed) -> bool:
     own = (store.get((kind, record.term, record.step)) for kind in ("data", "files"))
     return record.plan in store and all(writer == record.owner for writer in own)
-
-
-def deliberately_abandoned(record: Committed, top: int | None, terms: dict[int, Claim]) -> bool:
-    """A job of the live history knew of `record` and continued from elsewhere: that is what `load(300)` is for."""
-    return any(
-        record in terms[number].saw and not visible_from(number, {record}, terms) for number in ancestry(terms, top)
-    )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.commit.explorer import Scenario
-from tests.commit.model import Claim, Committed, Rules, gc, job, zombie
+from tests.commit.model import Claim, Committed, Rules, gc, job, second_thought, zombie
 
 
 def root(terms: dict[int, tuple[int, int] | None], commits: list[tuple[int, int]]) -> dict[tuple[Any, ...], Any]:
@@ -14,7 +14,7 @@ def root(terms: dict[int, tuple[int, int] | None], commits: list[tuple[int, int]
     records = frozenset(Committed(term, step, "old", ("plan", term, "p")) for term, step in commits)
     store: dict[tuple[Any, ...], Any] = {}
     for number, parent in terms.items():
-        store["term", number] = Claim("old", parent, frozenset(r for r in records if r.term < number))
+        store["term", number] = Claim("old", parent)
     for record in records:
         own = (record.term, record.step)
         store |= {record.plan: "p", ("data", *own): "old", ("files", *own): "old", ("record", *own): record}
@@ -87,11 +87,45 @@ def two_jobs_and_a_zombie(rules: Rules) -> Scenario:
 
 def two_zombies_job_and_gc(rules: Rules) -> Scenario:
     return Scenario(
-        "the zombie that had gone back to 300, a job that continues 500, and gc",
+        "the zombie that had gone back to 300, a job that does, too, and gc",
         root({1: None, 2: (1, 300)}, [(1, 300), (1, 500)]),
-        {"zombie": zombie(rules, "zombie", 2, (310,)), "job": job(rules, "job", (510,)), "gc": gc(rules)},
+        {"zombie": zombie(rules, "zombie", 2, (310,)), "job": job(rules, "job", (320,)), "gc": gc(rules)},
         faults=("lost", "ghost", "echo"),
         fragile=("record",),
+        budget=1,
+    )
+
+
+def fresh_start_amid_a_look(rules: Rules) -> Scenario:
+    return Scenario(
+        "the first record of a fresh start, and two restarted jobs that look meanwhile",
+        root({1: None, 2: None}, [(1, 100)]),
+        {
+            "fresh": zombie(rules, "fresh", 2, (10,)),
+            "one": job(rules, "one", (200,)),
+            "two": job(rules, "two", (300,)),
+        },
+    )
+
+
+def fresh_start_job_and_gc(rules: Rules) -> Scenario:
+    return Scenario(
+        "the first record of a fresh start, a job that continues the old run, and gc",
+        root({1: None, 2: None}, [(1, 100)]),
+        {"fresh": zombie(rules, "fresh", 2, (10,)), "job": job(rules, "job", (200,)), "gc": gc(rules)},
+        faults=("lost", "ghost", "echo"),
+        fragile=("record",),
+        budget=1,
+    )
+
+
+def second_thoughts(rules: Rules) -> Scenario:
+    return Scenario(
+        "a job whose second claim has no answer",
+        root({1: None}, [(1, 100)]),
+        {"job": second_thought(rules, "job", 1, (1, 100), 300), "other": job(rules, "other", (200,))},
+        faults=("lost", "ghost", "echo"),
+        fragile=("record", "term"),
         budget=1,
     )
 
@@ -136,6 +170,9 @@ ALL: list[Callable[[Rules], Scenario]] = [
     fresh_start_over_an_old_run,
     two_jobs_and_a_zombie,
     two_zombies_job_and_gc,
+    fresh_start_amid_a_look,
+    fresh_start_job_and_gc,
+    second_thoughts,
     second_try,
     lost_writes,
     first_jobs,

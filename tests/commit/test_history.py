@@ -26,8 +26,16 @@ class World:
     records: set[tuple[int, int]] = field(default_factory=set)
     dead: set[tuple[int, int]] = field(default_factory=set)
 
+    def head(self) -> int:
+        """The last term that has a record or names a parent; 0 for none."""
+        having = {term for term, _ in self.records} | {n for n, parent in enumerate(self.parents, 1) if parent}
+        return max(having, default=0)
+
     def newest(self) -> tuple[int, int] | None:
-        return max(self.records, default=None)
+        """The last record of that term; else its parent."""
+        number = self.head()
+        own = [name for name in self.records if name[0] == number]
+        return max(own, default=None) if own or not number else self.parents[number - 1]
 
     def before(self, term: int, step: int) -> tuple[int, int] | None:
         """The committed step that (term, step) continues from: the last one of its term, else of its parent's side."""
@@ -85,7 +93,7 @@ def worlds(draw: st.DrawFn) -> World:
 
 @given(worlds())
 def test_the_live_history_is_what_following_each_step_back_gives(world: World) -> None:
-    """commit P18, P19, P20, P24: newest, visible and abandoned, over random histories."""
+    """commit P16, P17, P18, P22: newest, visible and abandoned, over random histories."""
     history = read_history(world.storage())
     live = [StepRef(step, term) for term, step in world.history()]
     assert history.newest == (live[-1] if live else None)
@@ -104,22 +112,44 @@ def test_the_live_history_is_what_following_each_step_back_gives(world: World) -
 
 @given(worlds())
 def test_one_listing_and_one_read_find_the_newest(world: World) -> None:
-    """commit P18: beyond the tombstones, which are read until a record comes."""
+    """commit P16: beyond the tombstones above it, and the claims down to the first that has a record or a parent."""
     root = Faulty(world.storage())
     newest = read_history(root).newest
-    assert root.count("list", "records/") == 1
-    names = sorted(world.records | world.dead, reverse=True)
-    above = names.index((newest.term, newest.step)) if newest else len(names) - 1
-    assert root.count("read") == above + 1
+    assert (root.count("list", "records/"), root.count("list", "terms/")) == (1, 1)
+    claims = len(world.parents) - world.head()
+    without_record = newest is not None and newest.term != world.head()
+    assert root.count("read", "terms/*") == claims + without_record
+    above = [name for name in world.dead if name > ((newest.term, newest.step) if newest else (0, 0))]
+    assert root.count("read", "records/*") <= len(above) + bool(newest)
 
 
-@given(worlds(), st.sampled_from([None, "newest"]))
-def test_a_claim_alone_changes_nothing(world: World, parent: str | None) -> None:
-    """commit P18: neither a rollback nor a fresh start shows before its first record (C3)."""
+@given(worlds(), st.integers(0, 9))
+def test_a_claim_makes_the_step_that_it_names_the_newest(world: World, which: int) -> None:
+    """commit P16, P17: at once, whatever else is there; a claim without a parent changes nothing (C3)."""
     was = read_history(world.storage())
-    world.parents.append(world.newest() if parent else None)
+    line = [None, *world.history()]
+    parent = line[which % len(line)]
+    world.parents.append(parent)
     now = read_history(world.storage())
-    assert (now.newest, now.visible, now.abandoned) == (was.newest, was.visible, was.abandoned)
+    if parent is None:
+        assert (now.newest, now.visible, now.abandoned) == (was.newest, was.visible, was.abandoned)
+    else:
+        assert now.newest == StepRef(parent[1], parent[0])
+        assert now.visible == was.visible[: which % len(line)]
+    assert {*now.visible, *now.abandoned} == {*was.visible, *was.abandoned}
+
+
+@given(worlds())
+def test_a_record_of_an_older_term_than_the_one_that_counts_changes_nothing(world: World) -> None:
+    """commit P16, P18"""
+    was = read_history(world.storage())
+    counts = max([number for number, parent in enumerate(world.parents, 1) if parent], default=0)
+    for term in range(1, counts):
+        step = world.last_tried(term) + 1
+        world.records.add((term, step))
+        now = read_history(world.storage())
+        assert (now.newest, now.visible) == (was.newest, was.visible)
+        assert StepRef(step, term) in now.abandoned
 
 
 def root_of(*jobs: tuple[int | None, list[int]]) -> MemoryStorage:
@@ -132,13 +162,13 @@ def root_of(*jobs: tuple[int | None, list[int]]) -> MemoryStorage:
     return root
 
 
-def test_a_rollback_takes_effect_with_its_first_record() -> None:
-    """commit P18, P19, and TRAPS 29: old or new, and never 500 again."""
+def test_a_rollback_takes_effect_with_its_claim() -> None:
+    """commit P16, P17, and TRAPS 29: 300, then 310, and never 500 again."""
     root = root_of((0, [300, 400, 500]))
     job = Job.start(root, step=300)
-    assert read_history(root).newest == StepRef(500, 1)
+    assert read_history(root).newest == StepRef(300, 1)
     record = job.prepare(310)
-    assert read_history(root).newest == StepRef(500, 1)
+    assert read_history(root).newest == StepRef(300, 1)
     root.put_if_absent("records/310-2.json", record.encode())
     history = read_history(root)
     assert history.newest == StepRef(310, 2)
@@ -147,25 +177,49 @@ def test_a_rollback_takes_effect_with_its_first_record() -> None:
 
 
 def test_a_fresh_start_takes_effect_with_its_first_record() -> None:
-    """commit P18"""
-    root = root_of((0, [300]))
+    """commit P16: however many of them crash before."""
+    root = root_of((0, [300]), (0, []), (0, []))
     job = Job.start(root, fresh=True)
     assert read_history(root).newest == StepRef(300, 1)
     job.save(7)
     history = read_history(root)
-    assert history.visible == (StepRef(7, 2),)
+    assert history.visible == (StepRef(7, 4),)
     assert history.run == history.claim(1).id
 
 
+def test_a_parent_that_is_gone_leaves_what_is_below_it() -> None:
+    """commit P14, P17: one look more, and no error."""
+    root = root_of((0, [100, 200, 300]), (300, []))
+    root.delete("records/300-1.json")
+    storage = Faulty(root)
+    assert read_history(storage).newest == StepRef(200, 1)
+    assert storage.count("list", "records/") == 2
+    root.put_if_absent("records/300-1.json", Tombstone(300, 1, "gc", 1.0).encode())
+    assert read_history(root).newest == StepRef(200, 1)
+
+
+def test_a_claim_whose_parent_is_younger_than_the_listing_makes_the_look_start_again() -> None:
+    """commit P14: a fresh start commits, and a job continues it, between the two listings: 10 is newest."""
+    root = root_of((0, [300]), (0, []))
+    fresh = read_history(root).claim(2)
+
+    def meanwhile(operation: Operation) -> None:
+        Job(root, fresh).save(10)
+        Job.start(root)
+
+    storage = Faulty(root, before(meanwhile, "list", "terms/"))
+    assert read_history(storage).newest == StepRef(10, 2)
+
+
 def test_an_abandoned_step_is_refused_with_the_term_that_holds_it() -> None:
-    """commit P20"""
+    """commit P18"""
     root = root_of((0, [300, 400, 500]), (300, [310]))
     with pytest.raises(CheckpointNotFoundError, match=r"step 400 was committed by term 1.*abandoned.*300, 310"):
         read_history(root).resolve(400)
 
 
 def test_a_step_that_nobody_holds_is_refused_with_the_nearest_ones() -> None:
-    """commit P20"""
+    """commit P18"""
     root = root_of((0, [100, 200, 300, 400, 500, 600, 700]))
     with pytest.raises(
         CheckpointNotFoundError, match=r"no step 350; committed are \.\.\., 200, 300, 400, 500, \.\.\., 7"
@@ -180,13 +234,13 @@ def test_a_step_that_nobody_holds_is_refused_with_the_nearest_ones() -> None:
 
 
 def test_an_empty_root_has_no_newest_step() -> None:
-    """commit P18"""
+    """commit P16"""
     history = read_history(MemoryStorage())
     assert (history.newest, history.resolve(None), history.run, history.newest_term) == (None, None, None, 0)
 
 
 def test_records_are_listed_before_terms() -> None:
-    """commit P16: a job that claims and commits between the two listings makes no damage."""
+    """commit P14: a job that claims and commits between the two listings makes no damage."""
     root = root_of((0, [100]))
 
     def other(operation: Operation) -> None:
@@ -200,7 +254,7 @@ def test_records_are_listed_before_terms() -> None:
 
 
 def test_a_newest_record_that_vanishes_makes_the_look_start_again() -> None:
-    """commit P17: after a rollback gc removes 500 while this one is about to read it; 400 must not be taken for it."""
+    """commit P15: after a rollback gc removes 500 while this one is about to read it; 400 must not be taken for it."""
     root = root_of((0, [300, 400, 500]))
 
     def roll_back(operation: Operation) -> None:
@@ -212,7 +266,7 @@ def test_a_newest_record_that_vanishes_makes_the_look_start_again() -> None:
 
 
 def test_records_that_always_vanish_are_an_error_in_the_end() -> None:
-    """commit P17, and C7: no look without an end."""
+    """commit P15, and C7: no look without an end."""
     root = root_of((0, [300]))
     text = root.read("records/300-1.json")
     storage = Faulty(
@@ -225,7 +279,7 @@ def test_records_that_always_vanish_are_an_error_in_the_end() -> None:
 
 
 def test_a_step_asked_for_by_number_that_vanishes_is_named() -> None:
-    """commit P17"""
+    """commit P15"""
     root = root_of((0, [300, 400]))
     history = read_history(root)
     root.delete("records/300-1.json")
@@ -234,7 +288,7 @@ def test_a_step_asked_for_by_number_that_vanishes_is_named() -> None:
 
 
 def test_a_tombstone_is_no_step() -> None:
-    """commit P24: neither newest, nor visible, nor abandoned, nor loaded."""
+    """commit P22: neither newest, nor visible, nor abandoned, nor loaded."""
     root = root_of((0, [300]), (None, [400]))
     root.put_if_absent("records/350-1.json", Tombstone(350, 1, "gc", 1.0).encode())
     history = read_history(root)
@@ -260,7 +314,7 @@ def test_a_tombstone_is_no_step() -> None:
     ],
 )
 def test_what_does_not_belong_there_is_damage_and_not_nothing(made: str | None, lost: str | None, named: str) -> None:
-    """commit P1, P21: C15."""
+    """commit P1, P19: C15."""
     root = root_of((0, [300]), (None, [310]))
     if made:
         root.put_if_absent(made, b"?")
@@ -272,7 +326,7 @@ def test_what_does_not_belong_there_is_damage_and_not_nothing(made: str | None, 
 
 @pytest.mark.parametrize("folder", ["steps", "plans"])
 def test_data_without_any_term_is_damage(folder: str) -> None:
-    """commit P21"""
+    """commit P19"""
     root = root_of((0, [300]))
     for entry in list(root.list("")):
         if not entry.key.startswith(folder):
@@ -282,14 +336,14 @@ def test_data_without_any_term_is_damage(folder: str) -> None:
 
 
 def test_a_first_claim_amid_the_listings_is_no_damage() -> None:
-    """commit P16, P21"""
+    """commit P14, P19"""
     root = MemoryStorage()
     storage = Faulty(root, before(lambda op: Job.start(root).prepare(1), "list", "steps/"))
     assert read_history(storage).newest is None
 
 
 def test_names_that_begin_with_a_dot_are_nothing(tmp_path: Path) -> None:
-    """commit P21: temporary files, and what network file systems leave."""
+    """commit P19: temporary files, and what network file systems leave."""
     Job.start(LocalStorage(tmp_path)).save(300)
     (tmp_path / "records" / ".nfs0001").write_text("?")
     (tmp_path / "terms" / ".2.json").write_text("?")
@@ -298,7 +352,7 @@ def test_names_that_begin_with_a_dot_are_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", ["records/310-2.json", "terms/2.json"])
 def test_a_damaged_record_or_term_is_an_error(key: str) -> None:
-    """commit P21: never a step that is not there."""
+    """commit P19: never a step that is not there."""
     root = root_of((0, [300, 305]), (300, [310]))
     text = root.read(key)
     root.delete(key)
@@ -308,7 +362,7 @@ def test_a_damaged_record_or_term_is_an_error(key: str) -> None:
 
 
 def test_a_record_of_another_root_is_damage() -> None:
-    """commit P21: its term has the right number and another id."""
+    """commit P19: its term has the right number and another id."""
     root, other = root_of((0, [300])), root_of((0, [400]))
     root.put_if_absent("records/400-1.json", other.read("records/400-1.json"))
     with pytest.raises(CorruptCheckpointError, match="two roots were mixed"):
@@ -317,7 +371,7 @@ def test_a_record_of_another_root_is_damage() -> None:
 
 
 def test_a_term_that_continues_from_itself_is_damage() -> None:
-    """commit P21"""
+    """commit P19"""
     root = MemoryStorage()
     root.put_if_absent("terms/1.json", a_term(1, (1, 300)).encode())
     root.put_if_absent("records/400-1.json", a_record(400, 1, "id-1").encode())

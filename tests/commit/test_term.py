@@ -21,7 +21,7 @@ from tests.commit.jobs import Job
 
 
 def first(storage: Storage, host: str = "a") -> Term:
-    return claim(storage, seen=0, parent=None, run=None, host=host, now=5.0, newest=None)
+    return claim(storage, seen=0, parent=None, run=None, host=host, now=5.0)
 
 
 @pytest.fixture(params=["memory", "local"])
@@ -30,7 +30,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
 
 
 def test_a_job_claims_a_term_before_its_first_byte_and_a_load_writes_nothing() -> None:
-    """commit P1, P8: claim, plan, data, files, record, in this order; and nothing else is ever written."""
+    """commit P1, P7: claim, plan, data, files, record, in this order; and nothing else is ever written."""
     root = Faulty(MemoryStorage())
     for _ in range(2):
         with Checkpointer(root, {"n": 1}, ranks=Solo(), rng=False) as ckpt:
@@ -143,29 +143,26 @@ def test_a_storage_that_replaces_in_silence_is_refused() -> None:
         first(Faulty(root, after(replace, "put_if_absent", nth=2)))
 
 
-@pytest.mark.parametrize("commits", ["before", "after"])
-def test_a_job_that_another_one_has_overtaken_gives_up_its_claim(commits: str) -> None:
-    """commit P5: a step that was committed since the job looked stays the newest; the error names its term and host."""
+def test_an_older_job_that_commits_does_not_stop_a_newer_claim() -> None:
+    """commit P10, P16: neither before the claim nor after it; what came too late is abandoned, and its job stops."""
     root = MemoryStorage()
     old = Job.start(root, host="old")
     old.save(100)
-    hook = {"before": before(lambda op: old.save(200), "list", nth=3), "after": None}[commits]
-    prepared = old.prepare(200) if commits == "after" else None
-    if prepared:
-        # The old job has checked for a newer term and is about to publish when the new one claims.
-        hook = before(lambda op: root.put_if_absent("records/200-1.json", prepared.encode()), "put_if_absent")
-    assert hook is not None
-    with pytest.raises(SupersededError, match=r"step 200 was committed.*'old'") as raised:
-        Job.start(Faulty(root, hook), host="new")
-    assert raised.value.fields["term"] == 1
+    prepared = old.prepare(300)
+    early = before(lambda op: old.save(200), "put_if_absent", "terms/2.json")
+    late = after(lambda op: root.put_if_absent("records/300-1.json", prepared.encode()), "put_if_absent", nth=2)
+    new = Job.start(Faulty(root, early, late), host="new")
     history = read_history(root)
-    assert history.newest == StepRef(200, 1)
-    # Looking before the claim leaves the other job its term.
-    assert history.newest_term == (1 if commits == "before" else 2)
+    assert (new.term.parent, history.newest) == ((1, 100), StepRef(100, 1))
+    assert history.abandoned == (StepRef(200, 1), StepRef(300, 1))
+    with pytest.raises(SupersededError, match="'new'"):
+        old.save(400)
+    new.save(110)
+    assert read_history(root).newest == StepRef(110, 2)
 
 
 def test_a_rank_that_does_not_see_the_claim_refuses_its_root(tmp_path: Path) -> None:
-    """commit P6, and TRAPS 32: each node's own disk as the root."""
+    """commit P5, and TRAPS 32: each node's own disk as the root."""
     term = first(LocalStorage(tmp_path / "node-0"))
     confirm(LocalStorage(tmp_path / "node-0"), 1, term.id)
     with pytest.raises(StorageError, match=r"sees nothing.*own disk"):
@@ -176,7 +173,7 @@ def test_a_rank_that_does_not_see_the_claim_refuses_its_root(tmp_path: Path) -> 
 
 
 def test_the_newest_term_is_the_one_without_a_next_one(root: Storage) -> None:
-    """commit P11"""
+    """commit P10"""
     old = first(root, "old")
     assert_newest(root, old)
     claim(root, seen=1, parent=None, run=old.run, host="new", now=7.0)
@@ -185,7 +182,7 @@ def test_the_newest_term_is_the_one_without_a_next_one(root: Storage) -> None:
 
 
 def test_no_function_of_the_protocol_deletes_anything(root: Storage) -> None:
-    """commit P7, P12: terms, tombstones and failed attempts stay."""
+    """commit P6, P11: terms, tombstones and failed attempts stay."""
     storage = Faulty(root, lost_answer("records/*"), fail_at("put_if_absent", "records/*", nth=3))
     job = Job.start(storage)
     job.save(1)
@@ -197,7 +194,7 @@ def test_no_function_of_the_protocol_deletes_anything(root: Storage) -> None:
 
 
 def test_a_damaged_claim_is_not_taken_for_none(root: Storage) -> None:
-    """commit P21: C15 for the check before a record."""
+    """commit P19: C15 for the check before a record."""
     term = first(root)
     root.put_if_absent(term_key(2), b"{}\n")
     with pytest.raises(CorruptCheckpointError, match=r"terms/2\.json"):

@@ -59,32 +59,34 @@ def sealed(data: bytes, *kinds: str) -> dict:
     return body
 
 
-def numbered(root: Path, folder: str, pattern: str) -> dict[tuple[int, ...], Path]:
-    """The objects of a folder whose names are numbers in the given pattern, by those numbers."""
+def numbered(root: Path, folder: str, pattern: str, *kinds: str) -> dict[tuple[int, ...], dict]:
+    """The texts of a folder whose names are numbers in the given pattern, by those numbers from the last on."""
     number, found = re.compile(pattern.replace("N", "(0|[1-9][0-9]*)"), re.ASCII), {}
     for path in (root / folder).glob("[!.]*"):
         check((match := number.fullmatch(path.name)) is not None, f"the name {path}")
-        found[tuple(map(int, match.groups()))] = path
+        found[tuple(map(int, match.groups()[::-1]))] = sealed(path.read_bytes(), *kinds)
     return found
 
 
 def newest(root: Path) -> dict:
-    """The record of the newest step: the greatest (term, step) that is no tombstone (docs/commit.md P18, P21)."""
-    records = {
-        (term, step): sealed(path.read_bytes(), "record", "tombstone")
-        for (step, term), path in numbered(root, "records", r"N-N\.json").items()
-    }
-    terms = {n: sealed(path.read_bytes(), "term") for (n,), path in numbered(root, "terms", r"N\.json").items()}
+    """The record of the newest step: the greatest on the ancestry of the term that counts (docs/commit.md P16, P17)."""
+    records = numbered(root, "records", r"N-N\.json", "record", "tombstone")
+    terms = {number: term for (number,), term in numbered(root, "terms", r"N\.json", "term").items()}
     check(sorted(terms) == list(range(1, len(terms) + 1)), "a gap in the terms")
     for number, term in terms.items():
         check(term["term"] == number and (not term["parent"] or term["parent"]["term"] < number), f"term {number}")
     for key, record in records.items():
-        check(key == (record["term"], record["step"]) and key[0] in terms, f"record {key}")
-        check(record["kind"] == "tombstone" or record["term_id"] == terms[key[0]]["id"], f"the term of record {key}")
-    steps = [key for key, record in records.items() if record["kind"] == "record"]
-    if not steps:
+        ours = record["kind"] == "tombstone" or record["term_id"] == terms.get(key[0], record)["id"]
+        check(key == (record["term"], record["step"]) and key[0] in terms and ours, f"the term of record {key}")
+    steps, live, limit = [key for key, record in records.items() if record["kind"] == "record"], [], math.inf
+    at = max([n for n, term in terms.items() if term["parent"] or n in dict(steps)], default=0)
+    while at:
+        live += [key for key in steps if key[0] == at and key[1] <= limit]
+        parent = terms[at]["parent"] or {"term": 0, "step": 0}
+        at, limit = parent["term"], min(limit, parent["step"])
+    if not live:
         raise FileNotFoundError(f"no step in {root}")
-    return records[max(steps)]
+    return records[max(live)]
 
 
 def tables(data: bytes, *names: str) -> tuple[list[list[SimpleNamespace]], dict[str, str]]:
@@ -111,10 +113,8 @@ def digested(path: Path, size: int, sha256: str) -> bytes:
 
 def plain(value: object) -> object:
     """A stored object as Python's. A torch tensor becomes (dtype, shape, bytes)."""
-    if isinstance(value, list):
-        return [plain(item) for item in value]
     if not isinstance(value, dict):
-        return value
+        return [plain(item) for item in value] if isinstance(value, list) else value
     if "$" not in value:
         return {key: plain(item) for key, item in value.items()}
     tag, v = value["$"], value.get("v")
