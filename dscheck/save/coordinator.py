@@ -127,10 +127,11 @@ class Coordinator:
         if term is not None and (self._tried is None or step > self._tried):
             assert_newest(self._storage, term)
             return term
-        lineage = self._lineage
         if term is not None:
             parent = term.parent if self._committed is None else (term.term, self._committed)
-            lineage = Lineage(term.term, parent, term.run)
+            # A claim that fails may still arrive, and continues from there: this term must not go on beyond it.
+            self.continue_from(Lineage(term.term, parent, term.run))
+        lineage = self._lineage
         self._term = claim(
             self._storage,
             seen=lineage.seen,
@@ -139,7 +140,6 @@ class Coordinator:
             host=socket.gethostname(),
             now=time.time(),
         )
-        self._committed = None
         return self._term
 
     def _receive(self, posts: Sequence[Mapping[str, Any]]) -> None:
