@@ -68,7 +68,7 @@ class Saver:
     def continue_from(self, lineage: Lineage) -> None:
         """The next save claims a new term that continues from there. Only between saves."""
         self._coordinator.continue_from(lineage)
-        self._confirmed = None
+        self._confirmed = self.superseded = None
 
     def refuse(self, step: int, error: Exception) -> None:
         """`save()` fails in the call on this rank: the others learn it, in the background."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,8 @@ from dscheck.commit import read_history
 from dscheck.commit.contents import Contents
 from dscheck.manifest.arrow import encode_plan
 from dscheck.manifest.keys import plan_key, record_key
+from dscheck.manifest.place import block_count
+from dscheck.manifest.plan import Fragment
 from dscheck.manifest.record import Digest
 from dscheck.storage import Storage
 from tests.end_to_end.worlds import fresh, load, random_bits, same_bits, save
@@ -114,6 +117,16 @@ def states(
     return made, pairs
 
 
+def recounted(fragments: list[Fragment], block_bytes: int) -> tuple[Fragment, ...]:
+    """The fragments with their blocks counted anew in each file."""
+    blocks: Counter[int] = Counter()
+    first = {}
+    for fragment in sorted(fragments, key=lambda f: f.offset):
+        first[fragment] = blocks[fragment.writer]
+        blocks[fragment.writer] += block_count(fragment.nbytes, block_bytes)
+    return tuple(replace(fragment, first_block=first[fragment]) for fragment in fragments)
+
+
 def without_fragment(root: Storage, number: int) -> str:
     """Take one fragment out of the plan of step 1, with every digest made right again; the name of its tensor."""
     history = read_history(root)
@@ -122,7 +135,9 @@ def without_fragment(root: Storage, number: int) -> str:
     contents = Contents.open(root, record)
     plan = contents.plan
     lost = plan.fragments[number % len(plan.fragments)]
-    text = encode_plan(replace(plan, fragments=tuple(f for f in plan.fragments if f is not lost)))
+    text = encode_plan(
+        replace(plan, fragments=recounted([f for f in plan.fragments if f is not lost], plan.block_bytes))
+    )
     digest = Digest(len(text), hashlib.sha256(text).hexdigest())
     root.put_if_absent(plan_key(record.term, digest.sha256), text)
     root.delete(record_key(1, record.term))
