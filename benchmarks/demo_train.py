@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from benchmarks.corpus import Windows, library_sources
 from benchmarks.gpt import GPT, Shape, cut_by_columns_and_rows, shard_fully
 from benchmarks.journal import Journal
+from benchmarks.launch import leave_group
 from dscheck import Checkpointer
 from dscheck.storage.base import Storage
 
@@ -103,7 +104,7 @@ def main(storage_of: Callable[[str], str | Storage] = str) -> None:
     journal = Journal(given.journal and given.journal / f"rank-{os.environ.get('RANK', '0')}.jsonl")
     train(storage_of(given.root), steps=given.steps, save_every=given.save_every, tp=given.tp, journal=journal)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave_group()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.contenders import ALL, Contender, DcpAsync, RawDisk
+from benchmarks.launch import leave_group
 from benchmarks.raw_disk import evict, warm_page_cache
 from benchmarks.sharded_state import Layout, gpt_shapes, live
 
@@ -107,7 +108,7 @@ def main(folder: str, nbytes: int, rounds: int, drop_caches: bool) -> None:
             "direct": all(contender.direct for contender in comparison.contenders if isinstance(contender, RawDisk)),
         }
         (Path(folder) / "measured.json").write_text(json.dumps({"facts": facts, "rounds": measured}))
-    dist.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -116,6 +116,8 @@ class StoreBoard:
             idle, self._idle = self._idle, []
         for client in idle:
             client.leave()
+        for client in idle:
+            client.join()
         self._server = None
 
     def _call(self, job: Callable[[Store], T], until: float) -> T:
@@ -132,6 +134,7 @@ class StoreBoard:
                 self._idle.append(client)
                 return result
         client.leave()
+        client.join()
         return result
 
     def _connect(self) -> Store:
@@ -157,7 +160,8 @@ class _Client:
     def __init__(self, connect: Callable[[], Store]) -> None:
         self._connect = connect
         self._jobs: SimpleQueue[tuple[Callable[[Store], Any], Future[Any]] | None] = SimpleQueue()
-        threading.Thread(target=self._serve, name="dscheck-store", daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, name="dscheck-store", daemon=True)
+        self._thread.start()
 
     def call(self, job: Callable[[Store], T], until: float) -> T:
         future: Future[T] = Future()
@@ -170,6 +174,12 @@ class _Client:
     def leave(self) -> None:
         """Let the thread end, and the connection with it, as soon as its present call does."""
         self._jobs.put(None)
+
+    def join(self) -> None:
+        """Return when the thread has ended, if it was not in a call: the end of the interpreter must not meet it in
+        C++ frames, which may not be unwound.
+        """
+        self._thread.join(_GRACE_S)
 
     def _serve(self) -> None:
         store = None
