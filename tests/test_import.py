@@ -1,4 +1,4 @@
-"""`import dscheck` is cheap, and offers every public name."""
+"""`import dscheck` is cheap and needs no GPU (invariant C13), and offers every public name."""
 
 from __future__ import annotations
 

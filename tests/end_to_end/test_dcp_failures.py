@@ -38,7 +38,7 @@ def test_1_a_full_disk_under_one_writer_fails_the_save_on_all_ranks(root: LocalS
 
 
 def test_2_a_flipped_bit_is_an_error_that_names_the_fragment(root: LocalStorage) -> None:
-    """DCP: it loads as a wrong value, silently."""
+    """DCP: it loads as a wrong value, silently. Invariant C5."""
     path = next(Path(root.root).glob("steps/1/*/data-0.bin"))
     data = bytearray(path.read_bytes())
     data[3] ^= 0x10

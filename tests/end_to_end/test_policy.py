@@ -82,7 +82,7 @@ def test_a_step_must_be_an_int_that_exceeds_the_last_one(step: Any) -> None:
 
 
 def test_after_a_load_in_mid_run_the_abandoned_steps_stay_abandoned() -> None:
-    """TRAPS 29: after load(300) with 400 and 500 present, saving 310 must not leave 500 the newest."""
+    """Invariant C2, TRAPS 29: after load(300) with 400 and 500 present, saving 310 must not leave 500 the newest."""
     root = fresh()
     value = torch.zeros(1)
 
@@ -337,6 +337,36 @@ def test_equal_claims_are_written_once() -> None:
     moved = job(4, run)
     assert sum(size for _, size in moved) == big.nbytes  # from the second save on the losers do not even capture it
     assert sum(fragment.nbytes for fragment in plan_of(root).fragments) == big.nbytes
+
+
+def test_a_steady_state_save_exchanges_a_digest_and_a_few_counters() -> None:
+    """Invariant C10: whatever the number of tensors; the claims travel once."""
+    root = fresh()
+    sent: list[tuple[str, int]] = []
+
+    class Counting:
+        def __init__(self, ranks: Ranks) -> None:
+            self._ranks, self.rank, self.size = ranks, ranks.rank, ranks.size
+
+        def exchange(self, round: str, mine: Any, decide: Any, **rest: Any) -> bytes:
+            answer = self._ranks.exchange(round, mine, decide, **rest)
+            sent.append((round, max(len(mine.payload), len(answer))))
+            return answer
+
+        def close(self) -> None:
+            self._ranks.close()
+
+    def run(ranks: Ranks) -> None:
+        state = {f"t{i}": sharded(torch.ones(2), (4,), (2 * ranks.rank,)) for i in range(500)}
+        with open_on(Counting(ranks), root, state) as ckpt:
+            for step in (1, 2, 3):
+                ckpt.save(step).wait()
+
+    job(2, run)
+    first = max(size for round, size in sent if round == "save-1/plan")
+    later = max(size for round, size in sent if round in ("save-2/plan", "save-3/plan", "save-2/arrive"))
+    assert later < 300
+    assert first > 4 * later
 
 
 def test_a_state_of_another_model_is_refused_with_both_shapes() -> None:

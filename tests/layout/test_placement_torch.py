@@ -7,7 +7,6 @@ its own flat indices shows, in each rank's local tensor, which elements that ran
 from __future__ import annotations
 
 import math
-import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,6 +30,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dscheck.layout.placement import Placement, Replicate, Shard, StridedShard, local_pieces, local_shape
+from tests.forkserver import CONTEXT
 
 Array = npt.NDArray[np.float64]
 SIZES = (0, 1, 2, 3, 5, 7, 8, 9, 13, 17, 25, 33)
@@ -206,7 +206,7 @@ def one_rank(grid: Grid, rank: int) -> dict[str, dict[str, Held]]:
 @cache
 def every_rank(grid: Grid) -> list[dict[str, dict[str, Held]]]:
     # A process for each rank: torch caches meshes by equality, and a second rank in one process would get the first's.
-    with multiprocessing.get_context("fork").Pool(2, maxtasksperchild=1) as pool:
+    with CONTEXT.Pool(2, maxtasksperchild=1) as pool:
         return pool.starmap(one_rank, [(grid, rank) for rank in range(grid.ranks)], chunksize=1)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import signal
@@ -16,19 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# A rank costs 0.05 s to fork and seconds to import. Forks are sound: the server has no thread but jemalloc's.
-_fork = multiprocessing.get_context("forkserver")
-_fork.set_forkserver_preload(
-    [
-        "torch",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        "torch._dynamo",
-        "dscheck",
-        "dscheck.testing",
-        "pyarrow",
-    ]
-)
+from tests.forkserver import CONTEXT
 
 GROUP_S = 60.0
 """How long a collective of the training itself may take."""
@@ -77,9 +64,9 @@ class Job:
         self._processes, self._pipes = [], []
         given = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"} | (env or {})
         for rank in range(size):
-            reader, writer = _fork.Pipe(duplex=False)
+            reader, writer = CONTEXT.Pipe(duplex=False)
             where = (folder, size if group else 0, given, writer)
-            process = _fork.Process(target=_serve, args=(rank, where, role, args))
+            process = CONTEXT.Process(target=_serve, args=(rank, where, role, args))
             process.start()
             writer.close()
             self._processes.append(process)

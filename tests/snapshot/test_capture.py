@@ -182,6 +182,7 @@ def test_a_fence_gives_up_at_its_deadline() -> None:
 
 
 def test_the_region_is_reused_and_grows_only_when_it_must() -> None:
+    """Invariant C12, as far as it goes: of the host's memory a save takes what this rank writes, once."""
     training = Training()
     training.capture().run()
     size = training.arena.nbytes
