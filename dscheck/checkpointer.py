@@ -17,6 +17,7 @@ from dscheck.config import Settings
 from dscheck.errors import (
     CheckpointExistsError,
     ConfigError,
+    RankFailureError,
     SaveSkippedError,
     UnusableStateError,
 )
@@ -57,21 +58,25 @@ class Checkpointer:
         **settings: Any,
     ) -> None:
         self.settings = _settings(settings)
+        if not isinstance(state, Mapping):
+            raise ConfigError(f"the state is a mapping of names to what is to be saved, not a {type(state).__name__}")
         self.storage = open_storage(root)
         self.state = state
         self._ranks = ranks or open_ranks(
             self.settings.timeout_s, host=self.settings.store_host, port=self.settings.store_port
         )
-        self._live = LiveState(state, rank=self._ranks.rank, world=self._ranks.size, rng=self.settings.rng)
         self._fences = Fences()
-        self._saver = Saver(self.storage, self._ranks, self.settings, self._fences, _versions())
         self._loads = 0
         self._unusable: str | None = None
+        self._mixed: frozenset[str] | None = frozenset()
+        """What a load that failed half way was to load: these names, or None for all."""
         self._last_step: int | None = None
         self._last_handle: SaveHandle | None = None
         self._closed = False
         self.loaded: LoadReport | None = None
         try:
+            self._live = LiveState(state, rank=self._ranks.rank, world=self._ranks.size, rng=self.settings.rng)
+            self._saver = Saver(self.storage, self._ranks, self.settings, self._fences, _versions())
             self._start()
         except BaseException:
             self._fences.remove()
@@ -110,9 +115,10 @@ class Checkpointer:
         except Exception as error:
             self._saver.refuse(step, error)
             raise
-        self._fences.watch({leaf.owner for leaf in flat.tensors if leaf.owner is not None}, _modules(self.state))
+        self._fences.watch((), _modules(self.state))
         self._last_handle = self._saver.save(step, flat, handle)
-        handle.stats.stall_s |= {"storage": drained - began, "call": time.perf_counter() - drained}
+        call_s = time.perf_counter() - drained - handle.stats.stall_s["host_memory"]
+        handle.stats.stall_s |= {"storage": drained - began, "call": call_s}
         return handle
 
     def load(
@@ -145,8 +151,10 @@ class Checkpointer:
         except BaseException as error:
             if loader.touched:
                 self._unusable = f"the load of step {decision.record.step} failed half way: {error}"
+                self._mixed = None if self._mixed is None or request.only is None else self._mixed | {*request.only}
             raise
-        self._unusable = None
+        if request.only is None or (self._mixed is not None and self._mixed <= {*request.only}):
+            self._unusable, self._mixed = None, frozenset()
         self._last_step, self._last_handle = decision.record.step, None
         self._saver.continue_from(_lineage(decision, (decision.record.term, decision.record.step)))
         return decision.record.step
@@ -171,11 +179,18 @@ class Checkpointer:
         if self._closed:
             return
         self._closed = True
+        if abort:
+            self._refuse_loads()
         self._saver.close(abort=abort)
         self._fences.remove()
         self._ranks.close()
         if not abort:
             self._raise_last()
+
+    def _refuse_loads(self) -> None:
+        """No rank waits in its next load for this one, which has left."""
+        loader = Loader(self.storage, self._ranks, self.settings, self._live, self._loads + 1)
+        loader.refuse("decide", RankFailureError("training ended by an exception", ranks=[self._ranks.rank]))
 
     def _start(self) -> None:
         """Rank 0 looks at the root and tells all what it saw."""
@@ -215,12 +230,14 @@ class Checkpointer:
             raise ConfigError(f"{call}() on a Checkpointer that is closed")
 
 
-def _modules(state: Mapping[str, Any]) -> Iterator[torch.nn.Module]:
+def _modules(state: Mapping[Any, Any]) -> Iterator[torch.nn.Module]:
     for value in state.values():
         if isinstance(value, torch.nn.Module):
             yield value
         elif isinstance(value, Mapping):
             yield from _modules(value)
+        elif isinstance(value, list | tuple):
+            yield from _modules(dict(enumerate(value)))
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:

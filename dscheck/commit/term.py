@@ -21,14 +21,17 @@ def claim(
     run: str | None,
     host: str,
     now: float,
+    identity: str | None = None,
 ) -> Term:
     """Claim term `seen` + 1, which continues from `parent` (term, step), or from nothing.
 
     With a parent the live history goes on from there at once; without one, with the first record (P16).
-    Raises SupersededError, with term, host and time of the other job, when that job was faster; StorageError when the
-    storage does not honour put-if-absent (P4), or fails: then the claim may still arrive, and this job has no term.
+    `identity` is the claim's id, a new one by default.
+    Raises SupersededError, with id, term, host and time of the other claim, when that one was faster; StorageError
+    when the storage does not honour put-if-absent (P4), or fails: then the claim may still arrive, and this job has no
+    term.
     """
-    identity = uuid.uuid4().hex
+    identity = identity or uuid.uuid4().hex
     term = Term(seen + 1, identity, run or identity, parent, host, now)
     key = term_key(term.term)
     winner = decode_term(put_once(storage, key, term.encode()), key)
@@ -98,6 +101,7 @@ def _superseded(storage: Storage, winner: Term, what: str) -> SupersededError:
     return SupersededError(
         f"{storage.url}: {what} (term {winner.term}, claimed on host '{winner.host}' at {since}). This job must not "
         "save there any more: stop it, or stop the other one and start this one again from the newest step",
+        id=winner.id,
         term=winner.term,
         host=winner.host,
         time=winner.time,

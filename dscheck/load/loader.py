@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import torch
+
 from dscheck.commit import read_history
 from dscheck.commit.contents import Contents
 from dscheck.config import Settings
-from dscheck.errors import ConfigError, DeadlineError, DscheckError, StateMismatchError
+from dscheck.errors import ConfigError, DscheckError, StateMismatchError
 from dscheck.load.needs import Need, needs_of, reads_of
 from dscheck.load.read import Reader
 from dscheck.load.report import LoadReport
@@ -100,6 +102,11 @@ class Loader:
         self._exchange("done", Ok(), _nothing)
         return report
 
+    def refuse(self, phase: str, error: Exception) -> None:
+        """Let no rank wait for this one in that round: it fails for all."""
+        with contextlib.suppress(DscheckError):
+            self._exchange(phase, Failed(f"{type(error).__name__}: {error}"), _nothing)
+
     def _choose(self, request: Request, posts: Sequence[bytes]) -> bytes:
         for rank, post in enumerate(map(unpack, posts)):
             if post["step"] != request.step:
@@ -148,7 +155,9 @@ class Loader:
         contents, restore, needs = prepared
         checksums = contents.checksums(sorted({need.fragment.writer for need in needs}))
         reads = reads_of(needs, contents.plan.block_bytes)
-        Reader(contents, checksums, self._check).run(reads, self._settings.read_threads)
+        for device in {need.target.view.device for need in needs} - {torch.device("cpu")}:
+            torch.accelerator.synchronize(device)  # a step under way, on whatever stream, must not write over it
+        Reader(contents, checksums, self._deadline).run(reads, self._settings.read_threads)
         rng = restore.finish()
         return LoadReport(
             step=record.step,
@@ -167,23 +176,13 @@ class Loader:
         try:
             return act()
         except Exception as error:
-            with contextlib.suppress(DscheckError):
-                self._exchange(phase, Failed(f"{type(error).__name__}: {error}"), _nothing)
+            self.refuse(phase, error)
             raise
 
     def _exchange(self, phase: str, mine: Ok | Failed, decide: Callable[[Sequence[bytes]], bytes]) -> bytes:
         return self._ranks.exchange(
             f"load-{self._number}/{phase}", mine, decide, deadline=self._deadline, phase=f"load ({phase})"
         )
-
-    def _check(self) -> None:
-        if time.monotonic() > self._deadline:
-            raise DeadlineError(
-                f"load: rank {self._ranks.rank} did not read its data within {self._settings.timeout_s} s",
-                ranks=[self._ranks.rank],
-                phase="read",
-                waited_for=self._storage.url,
-            )
 
 
 def _unexpected_everywhere(posts: Sequence[bytes]) -> bytes:

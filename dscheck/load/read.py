@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from dscheck.commit.contents import ADVICE, Contents
-from dscheck.errors import CorruptCheckpointError
+from dscheck.errors import CorruptCheckpointError, DeadlineError
 from dscheck.layout.region import Region
 from dscheck.load.needs import Need, Read
 from dscheck.native import crc32c_blocks
@@ -25,27 +26,36 @@ Checksums = Mapping[int, NDArray[np.uint32]]
 class Reader:
     """Reads of one step into live tensors, several at once. A first error stops the rest."""
 
-    def __init__(self, contents: Contents, checksums: Checksums, check: Callable[[], None]) -> None:
-        self._contents, self._checksums, self._check = contents, checksums, check
+    def __init__(self, contents: Contents, checksums: Checksums, deadline: float) -> None:
+        self._contents, self._checksums, self._deadline = contents, checksums, deadline
         self._block_bytes = contents.plan.block_bytes
         self._failed = threading.Event()
 
     def run(self, reads: Sequence[Read], threads: int) -> None:
-        """All of `reads`. `check` is called before each and raises to give up. Raises the first error."""
-        with ThreadPoolExecutor(threads, thread_name_prefix="dscheck-read") as pool:
-            futures = [pool.submit(self._one, read) for read in reads]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            for future in futures:
-                future.cancel()
-        for future in futures:
-            if not future.cancelled():
-                future.result()
+        """All of `reads`. Raises the first error, or DeadlineError on time.monotonic(); a read that hangs is left
+        behind.
+        """
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="dscheck-read")
+        futures = [pool.submit(self._one, read) for read in reads]
+        done, pending = wait(futures, max(0.0, self._deadline - time.monotonic()), FIRST_EXCEPTION)
+        late = bool(pending) and all(future.exception() is None for future in done)
+        if late:
+            self._failed.set()
+        pool.shutdown(wait=not late, cancel_futures=True)
+        for future in done:
+            future.result()
+        if late:
+            raise DeadlineError(
+                f"step {self._contents.record.step}: {len(pending)} of {len(reads)} reads from "
+                f"{self._contents.storage.url} did not end in time",
+                phase="read",
+                waited_for=self._contents.storage.url,
+            )
 
     def _one(self, read: Read) -> None:
         if self._failed.is_set():
             return
         try:
-            self._check()
             buffer = torch.empty(read.stop - read.start, dtype=torch.uint8)
             data = memoryview(buffer.numpy().data)
             key = self._contents.key(read.rank)

@@ -122,8 +122,9 @@ class BoardRanks:
             under_way = list(self._open)
         with contextlib.suppress(BoardLostError, BoardTimeoutError):
             for this in under_way:
-                self._end(this, seal_error(_failure(this, self._rank, "closed before the round had ended")))
-                self._board.put(this.wake, b"", this.deadline)
+                until = min(this.deadline, time.monotonic() + self._linger_s)
+                self._end(this, seal_error(_failure(this, self._rank, "closed before the round had ended")), until)
+                self._board.put(this.wake, b"", until)
             self._linger()
         self._board.close()
 
@@ -163,11 +164,12 @@ class BoardRanks:
         if self._board.add(this.arrived, this.deadline) == self._size:
             self._board.put(this.wake, b"", this.deadline)
 
-    def _end(self, this: _Round, answer: bytes) -> bytes:
+    def _end(self, this: _Round, answer: bytes, until: float | None = None) -> bytes:
         """Propose `answer`; the one that stands. Rank 0 does not sleep through an end that another rank gave."""
-        stands = self._board.put_once(this.answer, answer, this.deadline)
+        until = this.deadline if until is None else until
+        stands = self._board.put_once(this.answer, answer, until)
         if self._rank != 0:
-            self._board.put(this.wake, b"", this.deadline)
+            self._board.put(this.wake, b"", until)
         return stands
 
     def _give_up(self, this: _Round) -> bytes:

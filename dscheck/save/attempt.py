@@ -12,7 +12,7 @@ import torch
 from dscheck.layout.region import Region
 from dscheck.manifest.objects import encode_objects
 from dscheck.save.claims import Claim, Exceptions, RankClaims, share_of
-from dscheck.save.coordinator import watch
+from dscheck.save.coordinator import Coordinator, watch
 from dscheck.save.handle import SaveHandle
 from dscheck.save.write import Objects
 from dscheck.snapshot import Capture, Fences, Source, bits, sample
@@ -50,7 +50,7 @@ class Moment:
     held: list[Held]
     objects: Objects
     full: bool
-    samples: list[torch.Tensor]
+    samples: dict[tuple[str, Region], torch.Tensor]
 
     @classmethod
     def of(cls, flat: FlatState, rank: int, host: str, fences: Fences, agreed: Agreed, digest: str) -> Moment:
@@ -70,13 +70,13 @@ class Moment:
         full = new != digest
         views = {(item.claim.name, item.region): item.view for item in held}
         watched = watch(rank, rows, None if full else set(agreed.contested))
-        samples = [sample(bits(views[key])) for key in watched]
+        samples = {key: sample(bits(views[key])) for key in watched}
         objects = Objects(encode_objects(flat.ours, flat.options), encode_objects(flat.mine))
         return cls(claims, text, new, held, objects, full, samples)
 
     def hashes(self) -> list[int]:
         """One 64-bit hash a sampled region; waits for the device."""
-        return [_hash(values.cpu()) for values in self.samples]
+        return [_hash(values.cpu()) for values in self.samples.values()]
 
     def shares(self, rank: int, exceptions: Exceptions) -> list[tuple[Held, Region]]:
         """The boxes that `rank` writes, in the order of its data file."""
@@ -101,8 +101,10 @@ def source_of(item: Held, box: Region) -> Source:
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """One call of `save()` on this rank. `number` counts the calls and keys the rounds; `error`: it failed in the
-    call.
+    """One call of `save()` on this rank.
+
+    `number` counts the calls and keys the rounds. `error`: it failed in the call; `told`: and was raised there.
+    `coordinator`: of rank 0 at that time.
     """
 
     number: int
@@ -111,7 +113,9 @@ class Attempt:
     moment: Moment | None = None
     capture: Capture | None = None
     captured: dict[tuple[str, Region], int] = field(default_factory=dict)
-    error: str | None = None
+    coordinator: Coordinator | None = None
+    error: Exception | None = None
+    told: bool = False
     busy: bool = False
     joined: list[str] = field(default_factory=list)
     exchanging: bool = False
@@ -127,10 +131,12 @@ class Attempt:
     def bytes_of(self, item: Held, box: Region) -> torch.Tensor:
         """The captured bytes of one box, captured now if the plan made this rank its writer only after `save()`."""
         assert self.capture is not None
+        assert self.moment is not None
         index = self.captured.get((item.claim.name, box))
         if index is not None:
             return self.capture.data(index)
-        return self.capture.late(source_of(item, box), item.steps, item.version)
+        before = self.moment.samples.get((item.claim.name, item.region), torch.empty(0))
+        return self.capture.late(source_of(item, box), item.view, before, item.steps, item.version)
 
     def fragments(self, shares: Sequence[tuple[Held, Region]]) -> list[torch.Tensor]:
         return [self.bytes_of(item, box) for item, box in shares]

@@ -7,12 +7,12 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dscheck.commit import assert_newest, check_files, claim, publish, put_files, put_plan
 from dscheck.config import Settings
-from dscheck.errors import ConfigError, LayoutError
+from dscheck.errors import ConfigError, LayoutError, SupersededError
 from dscheck.layout.region import Region
 from dscheck.manifest.arrow import encode_files, encode_plan
 from dscheck.manifest.files import Extent, FileRow, validate_files
@@ -42,7 +42,10 @@ class _Attempt:
 
 
 class Coordinator:
-    """Decides the two rounds of a save on rank 0. Called by one thread at a time."""
+    """Decides the two rounds of a save on rank 0.
+
+    Called by the thread of the saves, and for a skip by that of the skip, which changes nothing here.
+    """
 
     def __init__(self, storage: Storage, settings: Settings, versions: Mapping[str, str]) -> None:
         self._storage, self._settings, self._versions = storage, settings, versions
@@ -57,6 +60,22 @@ class Coordinator:
         self._plan_text = b""
         self._stored_in: int | None = None
         self._attempt: _Attempt | None = None
+        self._own_claims: set[str] = set()
+
+    def successor(self) -> Coordinator:
+        """Who takes over from one whose thread hangs: in a new term, from the newest step that was acknowledged.
+
+        Whatever the old one still does is then in a term that no longer counts.
+        """
+        new = Coordinator(self._storage, self._settings, self._versions)
+        new.continue_from(self._lineage if self._term is None else self._beyond(self._term))
+        new._own_claims = set(self._own_claims)
+        new._claims, new._digests, new._merged = dict(self._claims), self._digests, self._merged
+        new._plan, new._plan_text = self._plan, self._plan_text
+        return new
+
+    def _beyond(self, term: Term) -> Lineage:
+        return Lineage(term.term, term.parent if self._committed is None else (term.term, self._committed), term.run)
 
     def continue_from(self, lineage: Lineage) -> None:
         """The next save claims a new term: the job was just started, or has loaded a step."""
@@ -128,19 +147,30 @@ class Coordinator:
             assert_newest(self._storage, term)
             return term
         if term is not None:
-            parent = term.parent if self._committed is None else (term.term, self._committed)
             # A claim that fails may still arrive, and continues from there: this term must not go on beyond it.
-            self.continue_from(Lineage(term.term, parent, term.run))
-        lineage = self._lineage
-        self._term = claim(
-            self._storage,
-            seen=lineage.seen,
-            parent=lineage.parent,
-            run=lineage.run,
-            host=socket.gethostname(),
-            now=time.time(),
-        )
+            self.continue_from(self._beyond(term))
+        self._term = self._claim()
         return self._term
+
+    def _claim(self) -> Term:
+        """The next term. One that an earlier, failed claim of this very job has after all is passed over."""
+        while True:
+            lineage, identity = self._lineage, uuid.uuid4().hex
+            self._own_claims.add(identity)
+            try:
+                return claim(
+                    self._storage,
+                    seen=lineage.seen,
+                    parent=lineage.parent,
+                    run=lineage.run,
+                    host=socket.gethostname(),
+                    now=time.time(),
+                    identity=identity,
+                )
+            except SupersededError as error:
+                if error.fields.get("id") not in self._own_claims:
+                    raise
+                self._lineage = replace(lineage, seen=lineage.seen + 1)
 
     def _receive(self, posts: Sequence[Mapping[str, Any]]) -> None:
         for rank, post in enumerate(posts):
@@ -148,8 +178,7 @@ class Coordinator:
                 self._claims[rank] = (post["digest"], RankClaims.decode(post["claims"].encode()))
             if self._claims.get(rank, ("",))[0] != post["digest"]:
                 raise LayoutError(
-                    f"the claims of rank {rank} were lost with an earlier save; this save is given up, the next one "
-                    f"resends"
+                    f"the claims of rank {rank} were lost with an earlier save; this one is given up, the next resends"
                 )
 
     def _replan(self, posts: Sequence[Mapping[str, Any]]) -> Merged:

@@ -17,7 +17,8 @@ class SaveStats:
     """What one save moved and cost on this rank. Seconds are wall-clock, `stall_s` is what the training thread lost.
 
     stall_s by cause: "call" (inside `save()` itself), "fence" (an optimizer step that waited for copies), "host_memory"
-    (no room to capture into), "storage" (an earlier save was still being written), "commit" (waited for agreement).
+    (the region to capture into had to grow), "storage" (an earlier save was still being written), "commit" (waited for
+    other ranks: always 0 in this version, which never does).
     """
 
     bytes: int = 0
@@ -40,6 +41,7 @@ class SaveHandle:
         self._captured = threading.Event()
         self._finished = threading.Event()
         self._error: Exception | None = None
+        self._ending = threading.Lock()
 
     def __repr__(self) -> str:
         state = "under way" if not self.done else f"failed: {self._error}" if self._error else "committed"
@@ -89,7 +91,9 @@ class SaveHandle:
 
     def finish(self, error: Exception | None = None) -> None:
         """The save has ended; the first end counts."""
-        if not self._finished.is_set():
+        with self._ending:
+            if self.done:
+                return
             self._error = error
             if error is None:
                 self.stats.committed_s = time.monotonic() - self.began

@@ -40,6 +40,9 @@ log = logging.getLogger("dscheck")
 POLL_S = 0.05
 """How often a rank that gives up looks whether its save has ended."""
 
+LAST_LOOK_S = 2.0
+"""How long a rank whose deadline has passed looks for the record before it reports failure."""
+
 
 class Saver:
     """All saves of one Checkpointer on one rank. `save`, `drain` and `close` are for the training thread."""
@@ -56,6 +59,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._calls = 0
         self._current: Attempt | None = None
+        self._skips: list[SaveHandle] = []
         self._stop: DscheckError | None = None
         self._confirmed: int | None = None
         self.superseded: SupersededError | None = None
@@ -73,7 +77,7 @@ class Saver:
     def refuse(self, step: int, error: Exception) -> None:
         """`save()` fails in the call on this rank: the others learn it, in the background."""
         attempt = self._attempt(step, SaveHandle(step, self._settings.timeout_s))
-        attempt.error = f"{type(error).__name__}: {error}"
+        attempt.error, attempt.told = error, True
         self._enqueue(attempt)
 
     def decline(self, step: int, handle: SaveHandle, error: SupersededError) -> SaveHandle:
@@ -84,12 +88,26 @@ class Saver:
         return handle
 
     def busy(self) -> bool:
-        """Whether an earlier save is unfinished on this rank."""
-        return self._current is not None and not self._current.handle.done
+        """Whether an earlier save is unfinished on this rank; one that outlived its deadline is for `drain` to end."""
+        attempt = self._current
+        return attempt is not None and not attempt.handle.done and not _overdue(attempt)
 
     def save(self, step: int, flat: FlatState, handle: SaveHandle) -> SaveHandle:
-        """Take the moment and hand it to the background. The caller has made sure that no save is under way."""
+        """Take the moment and hand it to the background. The caller has made sure that no save is under way.
+
+        Never raises: what fails here (memory for the region, on the host or the device) fails the save (C8).
+        """
         attempt = self._attempt(step, handle)
+        try:
+            self._take(attempt, flat)
+        except Exception as error:
+            attempt.error, attempt.capture, attempt.moment = error, None, None
+        self._fences.guard(attempt.capture)
+        self._enqueue(attempt)
+        return handle
+
+    def _take(self, attempt: Attempt, flat: FlatState) -> None:
+        self._fences.watch({leaf.owner for leaf in flat.tensors if leaf.owner is not None})
         attempt.moment = moment = Moment.of(flat, self._ranks.rank, self._host, self._fences, self._agreed, self._sent)
         shares = moment.shares(self._ranks.rank, self._agreed.exceptions)
         attempt.captured = {(item.claim.name, box): index for index, (item, box) in enumerate(shares)}
@@ -99,16 +117,16 @@ class Saver:
             self._lanes,
             self._fences.steps,
             piece_bytes=self._settings.piece_bytes,
-            deadline=handle.deadline,
+            deadline=attempt.handle.deadline,
+            devices={values.device for values in moment.samples.values()},
         )
-        handle.stats.bytes = attempt.capture.nbytes
-        self._fences.guard(attempt.capture)
-        self._enqueue(attempt)
-        return handle
+        attempt.handle.stats.bytes = attempt.capture.nbytes
+        attempt.handle.stats.stall_s["host_memory"] = self._arena.grow_s
 
     def skip(self, step: int, handle: SaveHandle) -> SaveHandle:
         """Tell the others that this rank is busy, without waiting for what it is busy with."""
-        attempt = Attempt(self._next_call(), step, handle, busy=True)
+        attempt = Attempt(self._next_call(), step, handle, coordinator=self._coordinator, busy=True)
+        self._skips = [skip for skip in self._skips if not skip.done] + [handle]
         threading.Thread(target=self._attend, args=(attempt,), name="dscheck-skip", daemon=True).start()
         return handle
 
@@ -129,6 +147,8 @@ class Saver:
             self._leave(RankFailureError("training ended by an exception", ranks=[self._ranks.rank], phase="training"))
         else:
             self.drain()
+            for skip in self._skips:
+                skip.join(max(0.0, skip.deadline - time.monotonic()) + GRACE_S)
         if self._thread is not None:
             self._queue.put(None)
             self._thread.join(GRACE_S)
@@ -164,7 +184,7 @@ class Saver:
         return self._calls
 
     def _attempt(self, step: int, handle: SaveHandle) -> Attempt:
-        self._current = Attempt(self._next_call(), step, handle)
+        self._current = Attempt(self._next_call(), step, handle, coordinator=self._coordinator)
         return self._current
 
     def _enqueue(self, attempt: Attempt) -> None:
@@ -177,6 +197,7 @@ class Saver:
     def _abandon(self, attempt: Attempt) -> None:
         """The thread hangs in a call that knows no deadline: leave it, with the memory it may still touch."""
         self._arena, self._lanes, self._thread, self._sent = Arena(), Lanes(), None, ""
+        self._coordinator = self._coordinator.successor()
         self._end(
             attempt,
             DeadlineError(
@@ -202,7 +223,7 @@ class Saver:
 
     def _end(self, attempt: Attempt, error: Exception | None) -> None:
         if attempt.handle.done:
-            return  # given up before
+            return  # given up before, or declined
         if attempt is self._current:
             self._fences.guard(None)
         if attempt.capture is not None:
@@ -213,7 +234,7 @@ class Saver:
         if error is not None and not isinstance(error, SaveSkippedError):
             self._sent = ""  # rank 0 may have lost what this rank sent
         attempt.handle.finish(error)
-        if error is not None and attempt.error is None and not isinstance(error, SaveSkippedError):
+        if error is not None and not attempt.told and not isinstance(error, SaveSkippedError):
             log.error("save of step %d failed: %s", attempt.step, error)
             with contextlib.suppress(RuntimeWarning):  # raised where warnings are errors: this thread must live
                 warnings.warn(f"dscheck: the save of step {attempt.step} failed: {error}", RuntimeWarning, stacklevel=1)
@@ -221,7 +242,7 @@ class Saver:
     def _run(self, attempt: Attempt) -> None:
         try:
             if attempt.error is not None:
-                raise DscheckError(attempt.error)
+                raise attempt.error
             if not attempt.busy:
                 self._capture(attempt)
             answer = self._plan(attempt)
@@ -233,7 +254,9 @@ class Saver:
     def _capture(self, attempt: Attempt) -> None:
         assert attempt.capture is not None
         attempt.capture.run()
-        attempt.handle.captured()
+        assert attempt.moment is not None
+        if not attempt.moment.full:
+            attempt.handle.captured()
         self._check_stop()
 
     def _plan(self, attempt: Attempt) -> dict[str, Any]:
@@ -251,8 +274,9 @@ class Saver:
         answer = self._exchange(attempt, "plan", Ok(pack(post)))
         if answer["skip"]:
             raise SaveSkippedError(f"step {attempt.step} was skipped: a rank was busy with an earlier save")
+        if moment is None or attempt.handle.done:
+            raise DscheckError(f"step {attempt.step}: this save was given up at its deadline")
         attempt.planned = True
-        assert moment is not None
         self._sent = moment.digest
         if "exceptions" in answer:
             exceptions = unpack_exceptions(answer["exceptions"])
@@ -266,12 +290,13 @@ class Saver:
             self._confirmed = term
         assert attempt.moment is not None
         rank = self._ranks.rank
-        shares = attempt.moment.shares(rank, self._agreed.exceptions)
+        fragments = attempt.fragments(attempt.moment.shares(rank, self._agreed.exceptions))
+        attempt.handle.captured()
         row = write_file(
             self._storage,
             data_key(attempt.step, term, rank),
             rank,
-            attempt.fragments(shares),
+            fragments,
             attempt.moment.objects,
             self._settings.block_bytes,
             lambda: self._check(attempt),
@@ -279,14 +304,16 @@ class Saver:
         attempt.handle.stats.written_s = time.monotonic() - attempt.handle.began
         try:
             self._exchange(attempt, "arrive", Ok(pack_row(row)))
-        except (DeadlineError, RankFailureError):
-            if not self._committed_anyhow(attempt.step, term, answer["id"]):
+        except (DeadlineError, RankFailureError) as error:
+            if not self._committed_anyhow(attempt.step, term, answer["id"], error):
                 raise
 
-    def _committed_anyhow(self, step: int, term: int, id: str) -> bool:
+    def _committed_anyhow(self, step: int, term: int, id: str, error: DscheckError) -> bool:
         """The coordinator may have committed and died, or been too slow to say so: the record knows (C7)."""
+        # Past the deadline it may be in the middle of it; when a rank has failed it is not.
+        until = time.monotonic() + (LAST_LOOK_S if isinstance(error, DeadlineError) else 0.0)
         try:
-            return await_record(self._storage, step, term, id)
+            return await_record(self._storage, step, term, id, deadline=until)
         except DscheckError as error:
             log.warning("step %d: the record could not be read either: %s", step, error)
             return False
@@ -294,7 +321,8 @@ class Saver:
     def _exchange(self, attempt: Attempt, phase: str, mine: Ok | Failed) -> dict[str, Any]:
         attempt.joined.append(phase)
         attempt.exchanging = True
-        decide = self._coordinator.decide_plan if phase == "plan" else self._coordinator.decide_arrive
+        assert attempt.coordinator is not None
+        decide = attempt.coordinator.decide_plan if phase == "plan" else attempt.coordinator.decide_arrive
         try:
             answer = self._ranks.exchange(
                 f"save-{attempt.number}/{phase}",
@@ -312,9 +340,8 @@ class Saver:
         """Let no rank wait for this one: its failure ends the round that they are in, or come to."""
         phase = attempt.untold
         if phase is not None:
-            message = str(error) if attempt.error is not None else f"{type(error).__name__}: {error}"
             with contextlib.suppress(DscheckError):
-                self._exchange(attempt, phase, Failed(message))
+                self._exchange(attempt, phase, Failed(f"{type(error).__name__}: {error}"))
 
     def _check_stop(self) -> None:
         if self._stop is not None:
@@ -329,3 +356,7 @@ class Saver:
                 phase="write",
                 waited_for=self._storage.url,
             )
+
+
+def _overdue(attempt: Attempt) -> bool:
+    return time.monotonic() > attempt.handle.deadline + GRACE_S

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ class Arena:
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
+        self.grow_s = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -27,7 +29,9 @@ class Arena:
         for size in sizes:
             offsets.append(end)
             end += -(-size // ALIGN) * ALIGN
+        began = time.perf_counter()
         if end > self.nbytes or (pinned and not self._memory.is_pinned()):
             self._memory = torch.empty(0, dtype=torch.uint8)  # let go first: two regions at once would break the budget
             self._memory = torch.empty(end, dtype=torch.uint8, pin_memory=pinned and end > 0)
+        self.grow_s = time.perf_counter() - began
         return [self._memory[offset : offset + size] for offset, size in zip(offsets, sizes, strict=True)]

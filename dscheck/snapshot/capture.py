@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -108,14 +108,16 @@ class Capture:
         *,
         piece_bytes: int,
         deadline: float,
+        devices: Iterable[torch.device] = (),
     ) -> None:
         self._lanes, self._steps, self._deadline, self._piece_bytes = lanes, steps, deadline, piece_bytes
         self._changed = threading.Condition()
         self._error: DscheckError | None = None
         self._names = [source.name for source in sources]
+        self._released = False
         self.fence_s = 0.0
         views = [bits(source.view) for source in sources]
-        self._devices = {view.device for view in views}
+        self._devices = {view.device for view in views} | set(devices)
         pinned = any(device.type == "cuda" for device in self._devices)
         self._data = arena.carve([view.numel() * view.itemsize for view in views], pinned=pinned)
         for device in self._devices:
@@ -162,6 +164,7 @@ class Capture:
         """Return when everything of `owner` (all owners: None) may change. Never raises: what fails here fails the
         save.
         """
+        self._released = self._released or owner is None
         if not self._pending or (owner is not None and id(owner) not in self._pending):
             return
         began = time.perf_counter()
@@ -225,19 +228,23 @@ class Capture:
         if not torch.equal(before, captured) or not torch.equal(captured, after):
             raise _torn(piece.name, "its values changed between save() and the end of its capture")
 
-    def late(self, source: Source, steps: int, version: int | None) -> torch.Tensor:
-        """Capture one more source now, on the calling thread, as of an earlier moment known by its counts.
+    def late(
+        self, source: Source, region: torch.Tensor, before: torch.Tensor, steps: int, version: int | None
+    ) -> torch.Tensor:
+        """Capture one more source now, on the calling thread, as of the moment of construction.
 
-        For a rank that learns only from the plan that it is the writer. Raises TornSnapshotError when the tensor moved
-        on.
+        For a rank that learns only from the plan that it writes `source`, part of `region`, of which `before` is the
+        sample of that moment, `steps` and `version` the counts. Raises TornSnapshotError unless all of them stand, and
+        nobody was told that the state may change.
         """
         view = bits(source.view)
         memory = torch.empty(view.numel() * view.itemsize, dtype=torch.uint8)
         self._lanes.follow(view.device)
         with self._lanes.on(view.device):
             on_host(memory, view).copy_(view)
-        moved = source.owner is None or self._steps(source.owner) != steps or _version(source.view) != version
-        if moved:
+            after = sample(bits(region)).cpu()
+        counted = self._steps(source.owner) == steps if source.owner is not None else False
+        if self._released or not counted or _version(source.view) != version or not torch.equal(before.cpu(), after):
             raise _torn(source.name, "this rank learned too late that it is the writer of it")
         return memory
 
