@@ -23,6 +23,7 @@ from dscheck.errors import (
 )
 from dscheck.load.loader import Decision, Loader, Request
 from dscheck.load.report import LoadReport
+from dscheck.manifest.keys import LARGEST
 from dscheck.ranks import open_ranks
 from dscheck.ranks.base import Ranks
 from dscheck.save.coordinator import Lineage
@@ -142,7 +143,11 @@ class Checkpointer:
         self._saver.drain()
         self._loads += 1
         loader = Loader(self.storage, self._ranks, self.settings, self._live, self._loads)
-        request = Request(step, None if only is None else tuple(only), strict, convert_dtype)
+        try:
+            request = _request(step, only, strict, convert_dtype)
+        except ConfigError as error:
+            loader.refuse("decide", error)
+            raise
         decision = loader.decide(request)
         if decision.record is None:
             return None
@@ -203,8 +208,7 @@ class Checkpointer:
         return SaveHandle(step, self.settings.timeout_s)
 
     def _check_step(self, step: int) -> None:
-        if type(step) is not int or step < 0:
-            raise ConfigError(f"step {step!r}: expected an int of 0 or more")
+        _check_number(step)
         if self._unusable is not None:
             raise UnusableStateError(f"{self._unusable}. The live state is a mixture: load a step before saving")
         if self._last_handle is not None and self._last_handle.error is None and self._last_handle.done:
@@ -230,6 +234,19 @@ class Checkpointer:
             raise ConfigError(f"{call}() on a Checkpointer that is closed")
 
 
+def _check_number(step: Any) -> None:
+    if type(step) is not int or not 0 <= step <= LARGEST:
+        raise ConfigError(f"step {step!r}: expected an int from 0 to {LARGEST}")
+
+
+def _request(step: int | None, only: Sequence[str] | None, strict: bool, convert_dtype: bool) -> Request:
+    if step is not None:
+        _check_number(step)
+    if isinstance(only, str) or (only is not None and not all(isinstance(name, str) for name in only)):
+        raise ConfigError(f"only={only!r}: expected a list of names or dotted prefixes, such as ['model']")
+    return Request(step, None if only is None else tuple(only), bool(strict), bool(convert_dtype))
+
+
 def _modules(state: Mapping[Any, Any]) -> Iterator[torch.nn.Module]:
     for value in state.values():
         if isinstance(value, torch.nn.Module):
@@ -241,12 +258,10 @@ def _modules(state: Mapping[Any, Any]) -> Iterator[torch.nn.Module]:
 
 
 def _settings(given: Mapping[str, Any]) -> Settings:
-    try:
-        return Settings(**given)
-    except TypeError as error:
-        known = ", ".join(Settings.__dataclass_fields__)
-        unknown = ", ".join(name for name in given if name not in Settings.__dataclass_fields__)
-        raise ConfigError(f"unknown setting {unknown or error}: known are {known}") from error
+    unknown = [name for name in given if name not in Settings.__dataclass_fields__]
+    if unknown:
+        raise ConfigError(f"unknown setting {', '.join(unknown)}: known are {', '.join(Settings.__dataclass_fields__)}")
+    return Settings(**given)
 
 
 def _lineage(decision: Decision, parent: tuple[int, int] | None) -> Lineage:

@@ -12,6 +12,22 @@ OnFailure = Literal["warn", "raise"]
 Replicas = Literal["equal", "first"]
 
 MIB = 1 << 20
+LONGEST_S = 10_000_000
+"""Some months: what every clock and wait of the platform can count."""
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "timeout_s": (int, float),
+    "when_busy": (str,),
+    "on_failure": (str,),
+    "replicas": (str,),
+    "fresh": (bool,),
+    "rng": (bool,),
+    "block_bytes": (int,),
+    "piece_bytes": (int,),
+    "read_threads": (int,),
+    "store_host": (str, type(None)),
+    "store_port": (int,),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +59,12 @@ class Settings:
     store_port: int = 0
 
     def __post_init__(self) -> None:
-        if not self.timeout_s > 0:
-            raise ConfigError(f"timeout_s={self.timeout_s!r}: a deadline in seconds must be positive")
+        for name, kinds in _KINDS.items():
+            if type(getattr(self, name)) not in kinds:
+                expected = " or ".join(kind.__name__ for kind in kinds)
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}")
+        if not 0 < self.timeout_s <= LONGEST_S:
+            raise ConfigError(f"timeout_s={self.timeout_s!r}: expected seconds, more than 0 and at most {LONGEST_S}")
         for name, choices in (("when_busy", WhenBusy), ("on_failure", OnFailure), ("replicas", Replicas)):
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {get_args(choices)}")

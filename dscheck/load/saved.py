@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from dscheck.commit.contents import Contents
-from dscheck.errors import StateError
 from dscheck.state.live import SavedState, SavedTensor
 
 
@@ -22,23 +21,32 @@ def saved_state(contents: Contents, rank: int, world: int) -> SavedState:
     for row in contents.files:
         firsts.setdefault(row.ours.sha256, row.rank)
     values: dict[str, dict[int, Any]] = defaultdict(dict)
-    options: dict[str, dict[str, Any]] = defaultdict(dict)
+    options: dict[str, dict[str, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
     for first in firsts.values():
         objects, saved_options = contents.ours(first)
         for path, value in objects.items():
             values[path][first] = value
         for optimizer, by_parameter in saved_options.items():
-            _join(options[optimizer], by_parameter, optimizer)
+            for parameter, found in by_parameter.items():
+                options[optimizer][parameter][first] = found
     saved_world = len(contents.plan.ranks)
     own = firsts[contents.files[rank].ours.sha256] if world == saved_world else -1
     ours = {path: found.get(own, next(iter(found.values()))) for path, found in values.items()}
-    conflicted = frozenset(path for path, found in values.items() if own not in found and _differ(found))
+    conflicted = {path for path, found in values.items() if own not in found and _differ(found)}
+    chosen: dict[str, dict[str, Any]] = {}
+    for optimizer, by_parameter in options.items():
+        chosen[optimizer] = {}
+        for parameter, found in by_parameter.items():
+            if own not in found and _differ(found):
+                conflicted.add(f"{optimizer}.{parameter}")
+            else:
+                chosen[optimizer][parameter] = found.get(own, next(iter(found.values())))
     tensors = {
         name: SavedTensor(row.dtype, row.shape, None if name == row.name else row.name)
         for row in contents.plan.tensors
         for name in row.names
     }
-    return SavedState(tensors, ours, conflicted, contents.mine, options, saved_world)
+    return SavedState(tensors, ours, frozenset(conflicted), contents.mine, chosen, saved_world)
 
 
 def _text(value: Any) -> str:
@@ -48,14 +56,3 @@ def _text(value: Any) -> str:
 
 def _differ(found: Mapping[int, Any]) -> bool:
     return len({_text(value) for value in found.values()}) > 1
-
-
-def _join(into: dict[str, Any], more: Mapping[str, Any], optimizer: str) -> None:
-    """Options by parameter of several ranks: pipeline stages have other parameters, replicas the same."""
-    for parameter, options in more.items():
-        known = into.setdefault(parameter, options)
-        if known is not options and _text(known) != _text(options):
-            raise StateError(
-                f"optimizer '{optimizer}': the saved ranks had different options for parameter '{parameter}'",
-                path=f"{optimizer}.{parameter}",
-            )

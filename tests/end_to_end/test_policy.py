@@ -458,3 +458,150 @@ def test_unknown_settings_and_bad_values_are_one_clear_error() -> None:
     for bad in ({"timeout": 3}, {"timeout_s": 0}, {"when_busy": "maybe"}, {"block_bytes": 1000}):
         found = outcomes(1, lambda ranks, bad=bad: open_on(ranks, fresh(), {}, **bad))  # type: ignore[misc]
         assert isinstance(found[0], ConfigError)
+
+
+def test_a_save_that_hung_and_woke_late_cannot_abandon_an_acknowledged_step() -> None:
+    """Invariant C2: what a thread that was given up still does is in a term that no longer counts."""
+    root = fresh()
+    wake = threading.Event()
+
+    def run(ranks: Ranks) -> list[int]:
+        faults = hang(wake, "put_if_absent", "records/2-*"), fail_at("write", "steps/4/*", error=errno.ENOSPC)
+        with open_on(ranks, Faulty(root, *faults), {"x": torch.ones(2)}, timeout_s=0.5) as ckpt:
+            ckpt.save(1).wait()
+            hung = ckpt.save(2)
+            ckpt.save(3).wait()
+            assert isinstance(hung.error, DeadlineError)
+            wake.set()
+            time.sleep(0.3)
+            with pytest.raises(DscheckError):
+                ckpt.save(4).wait()
+            ckpt.save(4).wait()
+            return ckpt.steps()
+
+    assert job(1, run) == [[1, 3, 4]]
+
+
+def test_a_failure_while_capturing_shows_on_the_handle_and_on_the_other_ranks(monkeypatch: Any) -> None:
+    """Invariant C8: memory that runs out does not kill training, and nobody waits for a deadline."""
+    from dscheck.snapshot import Arena
+
+    carve = Arena.carve
+
+    def run(ranks: Ranks) -> tuple[Any, list[int]]:
+        with open_on(ranks, root, {"x": torch.ones(2)}) as ckpt:
+            ckpt.save(1).wait()
+            broken.add(threading.get_ident()) if ranks.rank == 1 else None
+            handle = ckpt.save(2)
+            handle.join(10)
+            broken.clear()
+            ckpt.save(3).wait()
+            return handle.error, ckpt.steps()
+
+    def fails(self: Arena, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() in broken:
+            raise RuntimeError("out of memory (injected)")
+        return carve(self, *args, **kwargs)
+
+    root, broken = fresh(), set[int]()
+    monkeypatch.setattr(Arena, "carve", fails)
+    began = time.monotonic()
+    (first, steps), (second, _) = job(2, run)
+    assert "out of memory" in str(second)
+    assert isinstance(first, RankFailureError)
+    assert "rank 1" in str(first)
+    assert steps == [1, 3]
+    assert time.monotonic() - began < 10
+
+
+def test_a_hung_save_does_not_skip_for_ever() -> None:
+    root = fresh()
+    never = threading.Event()
+
+    def run(ranks: Ranks) -> None:
+        storage = Faulty(root, hang(never, "commit", "steps/1/*"))
+        with open_on(ranks, storage, {"x": torch.ones(2)}, timeout_s=0.3, when_busy="skip") as ckpt:
+            first = ckpt.save(1)
+            time.sleep(0.3 + 5.2)
+            ckpt.save(2).wait()
+            assert isinstance(first.error, DeadlineError)
+        never.set()
+
+    job(1, run)
+
+
+def test_a_partial_load_does_not_mend_a_load_that_failed_half_way() -> None:
+    """Invariant C6."""
+    root = fresh()
+    save(root, 1, [{"x": torch.ones(3), "y": torch.ones(3)}])
+
+    def run(ranks: Ranks) -> None:
+        state = {"x": torch.zeros(3), "y": torch.zeros(3)}
+        with open_on(ranks, Faulty(root, fail_at("read_into", "steps/1/*")), state) as ckpt:
+            with pytest.raises(DscheckError):
+                ckpt.load()
+            ckpt.load(only=["x"])
+            with pytest.raises(UnusableStateError):
+                ckpt.save(2)
+            ckpt.load()
+            ckpt.save(2).wait()
+
+    job(1, run)
+
+
+@pytest.mark.parametrize("step", [True, 1.0, "1", -1, 2**63])
+def test_a_step_that_is_none_is_refused_by_load_on_all_ranks_at_once(step: Any) -> None:
+    root = fresh()
+    save(root, 1, [{"x": torch.ones(3)}, {"x": torch.ones(3)}])
+
+    def run(ranks: Ranks) -> None:
+        with open_on(ranks, root, {"x": torch.zeros(3)}) as ckpt:
+            ckpt.load(step if ranks.rank else 1)
+
+    began = time.monotonic()
+    found = outcomes(2, run)
+    assert isinstance(found[1], ConfigError)
+    assert isinstance(found[0], RankFailureError)
+    assert time.monotonic() - began < 10
+
+
+def test_names_to_load_are_a_list_and_not_one_text() -> None:
+    root = fresh()
+    save(root, 1, [{"m": torch.ones(3)}])
+    with pytest.raises(ConfigError, match="only='m'"):
+        load(root, [{"m": torch.zeros(3)}], only="m")
+
+
+def test_options_that_differ_between_ranks_go_back_to_their_rank() -> None:
+    """A scheduler on a local loss makes learning rates differ; the model alone loads anywhere."""
+    root = fresh()
+
+    def state(lr: float) -> dict[str, Any]:
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        return {"m": model, "o": torch.optim.SGD(model.parameters(), lr=lr)}
+
+    save(root, 1, [state(0.1), state(0.2)])
+    wanted = [state(1.0), state(1.0)]
+    load(root, wanted)
+    assert [found["o"].param_groups[0]["lr"] for found in wanted] == [0.1, 0.2]
+    load(root, [{"m": state(0)["m"]}])
+    load(root, [state(1.0)], only=["m"])
+    with pytest.raises(StateMismatchError, match="o"):
+        load(root, [state(1.0)])
+
+
+def test_leaving_by_an_exception_ends_the_next_load_of_the_others() -> None:
+    root = fresh()
+    save(root, 1, [{"x": torch.ones(3)}, {"x": torch.ones(3)}])
+
+    def run(ranks: Ranks) -> None:
+        with open_on(ranks, root, {"x": torch.zeros(3)}) as ckpt:
+            if ranks.rank == 1:
+                raise KeyError("training broke")
+            ckpt.load()
+
+    began = time.monotonic()
+    found = outcomes(2, run)
+    assert isinstance(found[0], RankFailureError)
+    assert time.monotonic() - began < 10
