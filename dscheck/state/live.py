@@ -13,7 +13,7 @@ from dscheck.state import rng as streams
 from dscheck.state.leaf import FlatState
 from dscheck.state.leaves import Leaves
 from dscheck.state.objects import Lift, encode, tensors_in, to_array
-from dscheck.state.optimizers import NamedOptimizer, Parameter, state_cut
+from dscheck.state.optimizers import NamedOptimizer, Parameter, plain_options, state_cut
 from dscheck.state.placements import cut_of
 from dscheck.state.restore import Restore, prepare
 from dscheck.state.saved import SavedState, SavedTensor
@@ -79,6 +79,9 @@ def _flatten_optimizer(optimizer: NamedOptimizer, leaves: Leaves, flat: FlatStat
     for group, members in optimizer.options():
         encoded = encode_object(group, f"{optimizer.name}.options", to_array)
         options.update({parameter.names[0]: encoded for parameter in members})
+    if optimizer.bare:
+        name = optimizer.bare_name
+        flat.ours[name] = [encode_object(plain_options(group), name, to_array) for group in optimizer.bare]
 
 
 def _lift_state(

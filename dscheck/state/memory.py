@@ -12,9 +12,10 @@ from dscheck.errors import CorruptCheckpointError, StateError
 from dscheck.state.leaf import TensorLeaf
 from dscheck.state.leaves import local_of
 from dscheck.state.optimizers import Parameter, state_cut
+from dscheck.state.overlap import is_fillable
 from dscheck.state.placements import Cut, cut_of
 from dscheck.state.saved import Match, SavedTensor
-from dscheck.state.tensors import alias, dtype_name, is_lazy_view, torch_dtype
+from dscheck.state.tensors import alias, dtype_name, torch_dtype
 
 
 def leaf_of(name: str, tensor: torch.Tensor, cut: Cut) -> TensorLeaf:
@@ -80,7 +81,7 @@ class References:
             )
         dtype = torch_dtype(saved.dtype)
         usable = live is not None and tuple(live.shape) == saved.shape and live.dtype == dtype
-        if live is None or not usable or is_lazy_view(local_of(live)):
+        if live is None or not usable or not is_fillable(local_of(live)):
             live = torch.empty(saved.shape, dtype=dtype, device=device or (live.device if live is not None else "cpu"))
         cut = state_cut(live, parameter, name) if parameter else cut_of(live, name, self.rank)
         self.match.fill(leaf_of(name, live, cut))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from dscheck.errors import StateError
 from dscheck.state.leaf import Proof
 from dscheck.state.names import Names
 from dscheck.state.placements import Cut, cut_of, replicated
+from dscheck.state.slots import called
 
 _EXTRA = "_extra_state"
 
@@ -46,7 +48,7 @@ def read_module(name: str, module: nn.Module, rank: int) -> ModuleState:
     """
     _refuse_fsdp1(name, module)
     with _left_as_it_is(module) as sharded:
-        entries = module.state_dict(keep_vars=True)
+        entries = called(name, f"{type(module).__name__}.state_dict()", partial(module.state_dict, keep_vars=True))
     names, replicas, rewritten = Names(module), _replicas(module), _rewritten_by_forward(module)
     extra = {names.clean(key): child for key, child in _with_extra_state(module)}
     state = ModuleState()

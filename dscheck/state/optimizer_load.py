@@ -10,10 +10,12 @@ import torch
 
 from dscheck.errors import StateMismatchError
 from dscheck.manifest.objects import decode_object
+from dscheck.state.leaves import local_of
 from dscheck.state.memory import References, fresh_state, leaf_of
 from dscheck.state.objects import decode, from_array, on_device, tensors_in
-from dscheck.state.optimizers import IMPLEMENTATION, NamedOptimizer, Parameter, state_cut
-from dscheck.state.saved import Match
+from dscheck.state.optimizers import IMPLEMENTATION, NamedOptimizer, Parameter, own_options, state_cut
+from dscheck.state.overlap import is_fillable
+from dscheck.state.saved import Match, shown
 
 _ABSENT = object()
 
@@ -37,12 +39,13 @@ class OptimizerLoad:
                 saved_name = self._saved_name(parameter, match)
                 if saved_name is not None:
                     self._prepare_state(parameter, stored.get(saved_name, {}), match, references, complete, on_device)
-                elif complete:
-                    match.missing.append(f"{self.optimizer.name}.{parameter.names[0]}")
+                if complete:
+                    self._note_absent_options(parameter, match)
             if complete:
                 self._prepare_options(group, members, match)
         if complete:
             self._prepare_whole(whole, match, references)
+            self._prepare_bare(match)
 
     def finish(self) -> None:
         """Install what was prepared; its tensors are filled by now."""
@@ -61,7 +64,17 @@ class OptimizerLoad:
 
     def _saved_name(self, parameter: Parameter, match: Match) -> str | None:
         known = match.saved.options.get(self.optimizer.name, {})
-        return next((name for name in parameter.names if name in known), None)
+        return next((name for name in parameter.names if name in known or self._is_conflicted(name, match)), None)
+
+    def _is_conflicted(self, parameter: str, match: Match) -> bool:
+        return f"{self.optimizer.name}.{parameter}" in match.saved.conflicted
+
+    def _note_absent_options(self, parameter: Parameter, match: Match) -> None:
+        name = self._saved_name(parameter, match)
+        if name is None:
+            match.missing.append(f"{self.optimizer.name}.{parameter.names[0]}")
+        elif self._is_conflicted(name, match):
+            match.conflicts.append(f"{self.optimizer.name}.{name}")
 
     def _prepare_state(
         self,
@@ -79,7 +92,7 @@ class OptimizerLoad:
             current = live.get(key, _ABSENT)
             if name not in match.saved.tensors:
                 value = self._decoded(name, parameter, current, match, references)
-            elif isinstance(current, torch.Tensor):
+            elif isinstance(current, torch.Tensor) and is_fillable(local_of(current)):
                 match.fill(leaf_of(name, current, state_cut(current, parameter, name)))
                 continue
             else:
@@ -114,8 +127,35 @@ class OptimizerLoad:
                     names=[found[0][0], name],
                 )
         if found:
-            path = f"{self.optimizer.name}.options"
-            self._options.append((group, decode_object(_semantic(found[0][1]), path, from_array)))
+            self._refuse_another_class(group, *found[0])
+            self._install_options(group, found[0][1])
+
+    def _prepare_bare(self, match: Match) -> None:
+        """Options of groups without parameters, by position where there are as many as were saved.
+
+        Else those stay as they are: on another number of ranks other groups may be without parameters here.
+        """
+        name = self.optimizer.bare_name
+        match.used.add(name)
+        saved = match.saved.ours.get(name, [])
+        if len(saved) == len(self.optimizer.bare) and name not in match.saved.conflicted:
+            for group, options in zip(self.optimizer.bare, saved, strict=True):
+                self._install_options(group, options)
+
+    def _install_options(self, group: dict[str, Any], options: dict[str, Any]) -> None:
+        path = f"{self.optimizer.name}.options"
+        self._options.append((group, decode_object(_semantic(options), path, from_array)))
+
+    def _refuse_another_class(self, group: dict[str, Any], parameter: str, options: dict[str, Any]) -> None:
+        """A version of torch may add options; only another class both lacks some and has others."""
+        here, saved = own_options(group), own_options(options)
+        if here - saved and saved - here:
+            raise StateMismatchError(
+                f"optimizer '{self.optimizer.name}' is of another class than the saved one: for '{parameter}' the "
+                f"{type(self.optimizer.inner).__name__} here has the options {shown(sorted(here))}, and saved were "
+                f"{shown(sorted(saved))}: make the optimizer that was saved, or load the rest with only=[...]",
+                names=[f"{self.optimizer.name}.{parameter}"],
+            )
 
 
 def _stored_state(optimizer: NamedOptimizer, match: Match) -> tuple[dict[str, dict[str, str]], dict[str, str]]:

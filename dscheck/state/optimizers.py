@@ -15,6 +15,8 @@ from dscheck.state.placements import Cut, cut_of, dtensor_cut
 
 # How a step is computed, not what: the process that runs decides.
 IMPLEMENTATION = frozenset({"foreach", "fused", "capturable", "differentiable"})
+# What schedulers add to a group; the same optimizer has them or not.
+_SCHEDULED = frozenset({"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"})
 _NOT_OPTIONS = frozenset({"params", "param_names"})
 
 
@@ -66,6 +68,16 @@ def _refuse_state_of_its_own(name: str, wrapper: Any, inner: Optimizer) -> None:
             f"{type(inner).__name__} inside it, and only one of them can be put back: put each into the state",
             path=name,
         )
+
+
+def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a group says about its step, without its parameters."""
+    return {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
+
+
+def own_options(options: Mapping[str, Any]) -> set[str]:
+    """The names of the options that are those of the optimizer's class, or of the user."""
+    return options.keys() - _NOT_OPTIONS - IMPLEMENTATION - _SCHEDULED
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +156,20 @@ class NamedOptimizer:
         """What a value is called in a checkpoint: `<optimizer>.state.<key>.<parameter>`."""
         return f"{self.name}.state.{key}" + (f".{parameter.names[0]}" if parameter else "")
 
+    @property
+    def bare(self) -> list[dict[str, Any]]:
+        """The live groups that hold no parameter here, so that nothing but their order names their options."""
+        return [group for group, members in self.groups if not members]
+
+    @property
+    def bare_name(self) -> str:
+        """The object with the options of `bare`, in order."""
+        return f"{self.name}.groups_without_parameters"
+
     def options(self) -> Iterator[tuple[dict[str, Any], list[Parameter]]]:
         """The options of each group, without its parameters, and the parameters that they hold for."""
         for group, members in self.groups:
-            yield {key: value for key, value in group.items() if key not in _NOT_OPTIONS}, members
+            yield plain_options(group), members
 
 
 def state_cut(value: torch.Tensor, parameter: Parameter, path: str) -> Cut:

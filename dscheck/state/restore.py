@@ -19,8 +19,9 @@ from dscheck.state.memory import References
 from dscheck.state.modules import reshard
 from dscheck.state.objects import decode, like_live, tensors_in
 from dscheck.state.optimizer_load import OptimizerLoad
+from dscheck.state.overlap import overlaps_itself, refuse_shared_elements
 from dscheck.state.saved import Match, SavedState, checked_only, shown
-from dscheck.state.slots import Slot
+from dscheck.state.slots import Slot, called
 from dscheck.state.survey import Survey
 
 Rng = Literal["exact", "equivalent", "none"]
@@ -54,7 +55,8 @@ def prepare(
     """Match the live state with a checkpoint. Touches nothing live.
 
     Raises StateMismatchError for missing names if `strict` (and for unexpected ones where no other rank could have a
-    place for them), for ties that were saved as two tensors, and for objects that only as many ranks as saved may load.
+    place for them), for ties that were saved as two tensors, for tensors that are partly the same memory, and for
+    objects that only as many ranks as saved may load.
     """
     match = Match(saved, checked_only(only))
     work = _Preparation(found, match, rank, world)
@@ -64,6 +66,7 @@ def prepare(
     put_rng = work.random_streams(rng)
     match.check_only()
     match.check_conflicts(world)
+    refuse_shared_elements(match.leaves)
     unexpected = tuple(work.unexpected())
     if strict and (match.missing or (unexpected and world == 1)):
         raise _mismatch(match.missing, unexpected)
@@ -160,7 +163,7 @@ class _Preparation:
         values = [self._decoded(name, slot, mine[name], in_place=False) for mine in kept if name in mine]
         if not values:
             return self._shared(name, slot)
-        return partial(_resharded, then, values, self._rank, self._world)
+        return partial(_resharded, name, then, values, self._rank, self._world)
 
     def _decoded(self, name: str, slot: Slot, stored: Any, in_place: bool = True) -> Callable[[], Any]:
         """The object, made now, so that damage shows before anything is touched; its tensors are filled later."""
@@ -232,8 +235,8 @@ class _LiveTensors(Mapping[str, torch.Tensor]):
         return len(self._tensors)
 
 
-def _resharded(then: Callable[..., Any], values: Sequence[Callable[[], Any]], rank: int, world: int) -> Any:
-    return then([value() for value in values], rank, world)
+def _resharded(name: str, then: Callable[..., Any], values: Sequence[Callable[[], Any]], rank: int, world: int) -> Any:
+    return called(name, "on_reshard", then, [value() for value in values], rank, world)
 
 
 def _write(slot: Slot, make: Callable[[], Any]) -> None:
@@ -250,10 +253,12 @@ def _derive(states: Sequence[Mapping[str, Any]], rank: int, world: int) -> Rng:
 
 
 def _refuse_overlap(held: Held) -> None:
-    """An expanded tensor has fewer elements in memory than it shows: its values cannot be written one by one."""
-    if any(size > 1 and stride == 0 for size, stride in zip(held.local.shape, held.local.stride(), strict=True)):
+    """A tensor with fewer elements in memory than it shows cannot be given its values one by one."""
+    if overlaps_itself(held.local):
         raise StateError(
-            f"tensor '{held.name}' is expanded, so it cannot be loaded in place: clone() it", path=held.name
+            f"tensor '{held.name}' is expanded, or overlaps itself (shape {list(held.local.shape)}, strides "
+            f"{list(held.local.stride())}), so it cannot be loaded in place: clone() it",
+            path=held.name,
         )
 
 

@@ -27,7 +27,8 @@ class SavedState:
     """What a checkpoint holds, as this rank sees it.
 
     `tensors`: by every name, aliases included. `ours`: plain objects in tagged form, this rank's own where the number
-    of ranks is the same. `conflicted`: paths of `ours` whose saved values differ between ranks, where it is another.
+    of ranks is the same. `conflicted`: paths of `ours` whose saved values differ between ranks, where it is another,
+    and `<optimizer>.<parameter>` of options that contradict each other, which `options` then lacks.
     `mine`: what a saved rank kept for itself. `options`: optimizer → parameter → tagged options. `world`: saved ranks.
     """
 
@@ -93,11 +94,18 @@ class Match:
 
     def check_conflicts(self, world: int) -> None:
         if self.conflicts:
-            raise StateMismatchError(
-                f"{shown(self.conflicts)} differ between the {self.saved.world} ranks that saved, and {world} load: "
-                'wrap them in dscheck.per_rank(obj, on_reshard=callable | "first" | "drop"), which says what then',
-                names=sorted(self.conflicts),
+            objects = [name for name in self.conflicts if name in self.saved.ours]
+            parameters = [name for name in self.conflicts if name not in self.saved.ours]
+            differ = f"differ between the {self.saved.world} ranks that saved, and {world} load"
+            wrap = 'dscheck.per_rank(obj, on_reshard=callable | "first" | "drop")'
+            reasons = (
+                f"{shown(objects)} {differ}: wrap them in {wrap}, which says what then" if objects else "",
+                f"the optimizer options of {shown(parameters)} {differ}: load on as many ranks, or load the rest with "
+                "only=[...]"
+                if parameters
+                else "",
             )
+            raise StateMismatchError("; ".join(filter(None, reasons)), names=sorted(self.conflicts))
 
 
 def shown(names: Iterable[str]) -> str:

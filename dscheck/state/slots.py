@@ -6,12 +6,13 @@ import random
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from dscheck.errors import StateError, StateMismatchError
+from dscheck.errors import DscheckError, StateError, StateMismatchError
 
 Put = Callable[[Any], None]
 
@@ -33,13 +34,28 @@ def is_stateful(value: Any) -> bool:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
+def called(name: str, what: str, call: Callable[..., Any], *args: Any) -> Any:
+    """What the user's own code returns. Whatever it raises is a StateError that names the part of the state."""
+    try:
+        return call(*args)
+    except DscheckError:
+        raise
+    except Exception as error:
+        raise StateError(f"'{name}': {what} raised {type(error).__name__}: {error}", path=name) from error
+
+
 def slot_of(name: str, value: Any, put: Put | None) -> Slot:
     """The slot of a value that is no module, optimizer or tensor of its own. `put` replaces it in its container.
 
     Raises StateError for a value that could be saved and not put back.
     """
     if is_stateful(value):
-        return Slot(name, value.state_dict, value.load_state_dict)
+        kind = type(value).__name__
+        return Slot(
+            name,
+            partial(called, name, f"{kind}.state_dict()", value.state_dict),
+            partial(called, name, f"{kind}.load_state_dict()", value.load_state_dict),
+        )
     if isinstance(value, torch.Generator):
         return _torch_slot(name, value)
     if isinstance(value, np.random.Generator | np.random.RandomState):

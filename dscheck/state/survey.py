@@ -17,7 +17,7 @@ from dscheck.state.leaves import Leaves
 from dscheck.state.modules import read_module
 from dscheck.state.optimizers import NamedOptimizer, is_optimizer, unwrap
 from dscheck.state.placements import cut_of
-from dscheck.state.slots import Put, Slot, is_stateful, mapping_put, slot_of
+from dscheck.state.slots import Put, Slot, called, is_stateful, mapping_put, slot_of
 
 _STANDING_ALONE = (
     torch.Tensor,
@@ -103,7 +103,8 @@ class _Walk:
         for entry in state.tensors:
             self._found.leaves.add(entry.name, entry.tensor, entry.cut, owned=entry.owned)
         for path, (child, value) in state.extra.items():
-            self._object(Slot(path, partial(_given, value), child.set_extra_state))
+            write = partial(called, path, f"{type(child).__name__}.set_extra_state()", child.set_extra_state)
+            self._object(Slot(path, partial(_given, value), write))
 
     def _per_rank(self, name: str, box: PerRank) -> None:
         def put(value: Any) -> None:

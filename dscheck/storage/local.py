@@ -22,7 +22,14 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 # Non-blocking: a FIFO in the place of an object must not hang its reader.
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
+_OBJECTS = (".json", ".arrow", ".bin")
+
 _ADVICE = {
+    errno.ENOENT: "was the root, or a directory of it, deleted while this job ran? start the job again",
+    errno.ENOTDIR: "move away what stands in the place of a directory, or save to another root",
+    errno.EISDIR: "move it out of the root",
+    errno.ENAMETOOLONG: "choose a root with a shorter path",
+    errno.EPERM: "the file system forbids it: is something below the root immutable or append-only (`lsattr`)?",
     errno.ENOSPC: "free some space, or save to another root",
     errno.EDQUOT: "the quota is used up: free some space, or save to another root",
     errno.EACCES: "give the user of this job read and write permission below the root",
@@ -36,14 +43,15 @@ _NO_LINKS = "this file system makes no hard links, which publishing a record nee
 class LocalStorage:
     """A Storage below the directory `root`, which the first write creates, with its parents.
 
-    Keys are paths relative to the root; no link below it is followed. Raises ConfigError when `root` is no directory.
+    Keys are paths relative to the root; no link below it is followed. A text that begins with '~' is meant as a shell
+    means it. Raises ConfigError when `root` is no directory.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         path = os.fspath(root)
         if not isinstance(path, str) or not path or "\0" in path:
             raise ConfigError(f"{path!r} is no directory's path: give a non-empty text without NUL")
-        self.root = os.path.abspath(path)
+        self.root = os.path.abspath(os.path.expanduser(root) if isinstance(root, str) else path)
         if os.path.lexists(self.root) and not os.path.isdir(self.root):
             raise ConfigError(f"'{self.root}' is not a directory: a root is a directory, or a path still to be created")
         self._directories = Directories(self.root)
@@ -264,7 +272,7 @@ def _publish(temporary: str, path: str) -> bool:
 
 def _lost(error: OSError, path: str) -> bool:
     if error.errno in (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
-        raise OSError(error.errno, f"{error.strerror}; {_NO_LINKS}") from error
+        raise OSError(errno.EOPNOTSUPP, f"{error.strerror}; {_NO_LINKS}") from error
     if not isinstance(error, FileExistsError):
         raise error
     with suppress(FileNotFoundError):
@@ -296,6 +304,9 @@ def _walk(path: str, base: str, prefix: str) -> Iterator[Entry]:
             # Deleted since the directory was read.
             continue
         if stat.S_ISDIR(info.st_mode):
+            if key.startswith(prefix) and key.endswith(_OBJECTS):
+                # Passed over for being empty, a record's would make its step "not there" (C15).
+                raise OSError(errno.EISDIR, f"'{key}' is a directory in the place of an object")
             if f"{key}/".startswith(prefix):
                 yield from _walk(entry.path, f"{key}/", prefix)
         elif key.startswith(prefix):

@@ -257,8 +257,29 @@ def test_a_view_in_the_state_dict_is_live_memory() -> None:
     expected = model.weight.detach().clone()
     with torch.no_grad():
         model.weight.zero_()
-    load(checkpoint, {"model": model})
-    assert torch.equal(model.weight, expected)
+    with pytest.raises(StateMismatchError, match=r"'model\.\w+' and 'model\.\w+' are partly the same memory"):
+        load(checkpoint, {"model": model})
+    load(checkpoint, {"model": model}, only=["model.more"])
+    assert torch.equal(model.weight[:1], expected[:1])
+    assert not model.weight[1:].any()
+
+
+def raising(*_: Any) -> Any:
+    raise ValueError("out of luck")
+
+
+def test_what_the_users_own_code_raises_names_the_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Extra(1)
+    checkpoint = save({"model": model})
+    monkeypatch.setattr(Extra, "set_extra_state", raising)
+    with pytest.raises(
+        StateError, match=r"'model\._extra_state': Extra\.set_extra_state\(\) raised ValueError: out of"
+    ):
+        load(checkpoint, {"model": model})
+    monkeypatch.setattr(Extra, "get_extra_state", raising)
+    with pytest.raises(StateError, match=r"'model': Extra\.state_dict\(\) raised ValueError") as caught:
+        save({"model": model})
+    assert isinstance(caught.value.__cause__, ValueError)
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -261,6 +261,29 @@ def test_a_large_tensor_of_another_shape_is_new_memory() -> None:
     assert other.loaded["shadow"].shape == (MIB,)
 
 
+@pytest.mark.parametrize("overlapping", [torch.zeros(1).expand(MIB), torch.zeros(MIB).as_strided((1024, 512), (1, 1))])
+def test_a_large_tensor_that_overlaps_itself_is_new_memory(overlapping: torch.Tensor) -> None:
+    expected = torch.arange(overlapping.numel(), dtype=torch.float32).view(overlapping.shape)
+    checkpoint = save({"ema": Foreign(shadow=expected)})
+    other = Foreign(shadow=overlapping)
+    load(checkpoint, {"ema": other})
+    assert torch.equal(other.loaded["shadow"], expected)
+    assert not overlapping.any()
+
+
+@pytest.mark.parametrize("method", ["state_dict", "load_state_dict"])
+def test_what_an_objects_own_code_raises_names_the_object(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(*_: Any) -> Any:
+        raise KeyError("shadow")
+
+    checkpoint = save({"ema": Foreign()})
+    monkeypatch.setattr(Foreign, method, raises)
+    with pytest.raises(StateError, match=rf"'ema': Foreign\.{method}\(\) raised KeyError: 'shadow'") as caught:
+        save({"ema": Foreign()}) if method == "state_dict" else load(checkpoint, {"ema": Foreign()})
+    assert caught.value.path == "ema"
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
 def test_a_large_tensor_that_is_a_parameter_is_a_tie() -> None:
     model = nn.Linear(1024, 1024, bias=False)
     checkpoint = save({"model": model, "watch": Foreign(w=model.weight)})

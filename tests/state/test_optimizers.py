@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -297,3 +298,61 @@ def test_plain_state_and_state_of_the_whole_optimizer_come_back() -> None:
     load(checkpoint, {"model": model, "optimizer": fresh})
     assert fresh.state["calls"] == 7
     assert same(fresh.state[model[0].weight], {"step": 3, "history": [torch.ones(2), (1, None)]})
+
+
+@pytest.mark.parametrize(
+    ("saved", "live"), [(torch.optim.AdamW, torch.optim.SGD), (torch.optim.SGD, torch.optim.AdamW)]
+)
+def test_the_options_of_another_class_are_refused(saved: Any, live: Any) -> None:
+    model = make_model()
+    checkpoint = save({"model": model, "optimizer": saved(model.parameters())})
+    optimizer = live(model.parameters())
+    with pytest.raises(StateMismatchError, match=rf"another class.* {live.__name__} .*'(betas|momentum)'.*make the"):
+        load(checkpoint, {"model": model, "optimizer": optimizer})
+    load(checkpoint, {"model": model, "optimizer": optimizer}, only=["model"])
+
+
+def test_options_that_a_version_of_torch_adds_are_no_other_class() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    checkpoint = save({"model": model, "optimizer": optimizer})
+    optimizer.param_groups[0].update(lr=0.1, added_later=True)
+    optimizer.param_groups[0]["initial_lr"] = 0.5
+    load(checkpoint, {"model": model, "optimizer": optimizer})
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert optimizer.param_groups[0]["added_later"]
+
+
+def test_options_that_contradict_each_other_are_a_conflict_by_name_and_not_missing() -> None:
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    train(model, optimizer, 1)
+    state = {"model": model, "optimizer": optimizer}
+    saved = save(state).seen_by(0, 1)
+    options = {name: value for name, value in saved.options["optimizer"].items() if name != "model.0.weight"}
+    saved = replace(saved, options={"optimizer": options}, conflicted=frozenset({"optimizer.model.0.weight"}))
+    live = LiveState(state, rank=0, world=1)
+    for strict in (True, False):
+        with pytest.raises(StateMismatchError, match=r"options of 'optimizer\.model\.0\.weight' differ") as caught:
+            live.prepare(saved, strict=strict)
+        assert caught.value.names == ["optimizer.model.0.weight"]
+    assert not live.prepare(saved, only=["model"]).missing
+    names = {leaf.name for leaf in live.prepare(saved, only=["optimizer.state"]).tensors}
+    assert "optimizer.state.momentum_buffer.model.0.weight" in names
+
+
+def test_groups_without_parameters_get_their_options_by_position() -> None:
+    model = make_model()
+
+    def make(*rates: float) -> dict[str, Any]:
+        groups = [{"params": []}, {"params": model.parameters()}, {"params": []}]
+        return {
+            "model": model,
+            "optimizer": torch.optim.SGD([{**group, "lr": rate} for group, rate in zip(groups, rates, strict=False)]),
+        }
+
+    checkpoint = save(make(0.1, 0.2, 0.3))
+    for live, expected in ((make(1, 1, 1), [0.1, 0.2, 0.3]), (make(1, 1), [1, 0.2])):
+        restore, _ = load(checkpoint, live)
+        assert [group["lr"] for group in live["optimizer"].param_groups] == expected
+        assert not restore.unexpected

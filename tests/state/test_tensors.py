@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
-from dscheck.errors import StateError
+from dscheck.errors import StateError, StateMismatchError
 from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.state import LiveState
 from dscheck.state.tensors import torch_dtype
@@ -148,6 +148,47 @@ def test_an_expanded_tensor_is_saved_and_refused_at_load() -> None:
     checkpoint = save({"tensor": tensor})
     with pytest.raises(StateError, match=r"'tensor' is expanded.*clone"):
         load(checkpoint, {"tensor": tensor})
+
+
+def test_a_tensor_that_overlaps_itself_is_refused_at_load() -> None:
+    tensor = torch.arange(10.0).as_strided((4, 4), (1, 1))
+    checkpoint = save({"tensor": tensor})
+    with pytest.raises(StateError, match=r"'tensor' is expanded, or overlaps itself .*clone"):
+        load(checkpoint, {"tensor": tensor})
+
+
+def cuts(base: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor, bool]]:
+    """Two views of one (8, 12) tensor, and whether they share elements."""
+    flat = base.view(-1)
+    return {
+        "a part and the whole": (flat, flat[2:5], True),
+        "slices that overlap": (flat[:5], flat[4:9], True),
+        "slices that touch": (flat[:5], flat[5:9], False),
+        "columns": (base[:, :5], base[:, 5:], False),
+        "columns that overlap": (base[:, :5], base[:, 4:], True),
+        "later columns of earlier rows": (base[2:, :5], base[:4, 5:], False),
+        "a column and a row": (base[:, 3], base[4], True),
+        "a column and rows beside it": (base[:4, 3:4], base[4:], False),
+        "odd and even": (flat[::2], flat[1::4], False),
+        "strides that meet": (flat[::2], flat[::3], True),
+        "transposed": (base[:, :4].T, base[:, 4:], False),
+        "transposed and overlapping": (base[:, :4].T, base[:, 3:], True),
+        "bytes of an element": (flat[:3], flat.view(torch.uint8)[11::4], True),
+        "bytes behind it": (flat[:3], flat.view(torch.uint8)[12:], False),
+        "a tie": (flat, flat, False),
+    }
+
+
+@pytest.mark.parametrize("kind", cuts(torch.zeros(8, 12)))
+def test_tensors_that_are_partly_the_same_memory_are_refused_by_both_names(kind: str) -> None:
+    one, other, overlap = cuts(torch.arange(96.0).view(8, 12))[kind]
+    state = {"one": one, "other": other}
+    checkpoint = save(state)
+    if overlap:
+        with pytest.raises(StateMismatchError, match=r"'one' and 'other' are partly|'other' and 'one' are partly"):
+            load(checkpoint, state)
+    else:
+        load(checkpoint, state)
 
 
 def test_a_dtype_without_a_name_is_refused_by_path() -> None:

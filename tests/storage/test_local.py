@@ -6,6 +6,7 @@ import errno
 import multiprocessing
 import os
 import re
+import shutil
 import stat
 import threading
 from collections.abc import Callable
@@ -494,3 +495,27 @@ def test_threads_that_make_the_same_directories_all_succeed(storage: LocalStorag
         thread.join(60)
     assert failures == []
     assert len(listed(storage)) == 40
+
+
+def test_a_text_that_begins_with_a_tilde_is_below_the_home_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert LocalStorage("~/runs").url == str(tmp_path / "runs")
+
+
+def test_a_root_that_vanished_is_an_error_with_advice(storage: LocalStorage, root: Path) -> None:
+    storage.put_if_absent(KEY, b"x")
+    shutil.rmtree(root)
+    with pytest.raises(StorageError, match="deleted while this job ran"):
+        storage.put_if_absent("records/2-1.json", b"x")
+
+
+@pytest.mark.parametrize("prefix", ["", "records/", "records/1-"])
+def test_an_empty_directory_in_the_place_of_an_object_is_listed_as_an_error(
+    storage: LocalStorage, root: Path, prefix: str
+) -> None:
+    (root / KEY).mkdir(parents=True)
+    with pytest.raises(StorageError, match=r"'records/1-1\.json' is a directory in the place of an object"):
+        listed(storage, prefix)
+    assert not listed(storage, "terms/")
