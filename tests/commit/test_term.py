@@ -76,7 +76,7 @@ def test_of_many_claims_at_once_one_wins_and_the_others_are_told_of_it(root: Sto
     losers = [error for error in found if isinstance(error, SupersededError)]
     assert len(losers) == 7
     for loser in losers:
-        assert loser.fields == {"term": 1, "host": winner.host, "time": 5.0}
+        assert loser.fields == {"id": winner.id, "term": 1, "host": winner.host, "time": 5.0}
         assert winner.host in str(loser)
         assert pickle.loads(pickle.dumps(loser)).fields == loser.fields
 
