@@ -64,11 +64,6 @@ class Saver:
         self._confirmed: int | None = None
         self.superseded: SupersededError | None = None
 
-    @property
-    def current(self) -> Attempt | None:
-        """The newest attempt of this rank, ended or not."""
-        return self._current
-
     def continue_from(self, lineage: Lineage) -> None:
         """The next save claims a new term that continues from there. Only between saves."""
         self._coordinator.continue_from(lineage)
