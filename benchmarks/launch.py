@@ -44,7 +44,7 @@ def run_ranks(
 
 def leave_group() -> None:
     """End this process well. Its process group is not taken down by the interpreter's end, in which gloo's threads
-    sometimes abort it ("terminate called without an active exception", 2 of 20 runs of torch 2.13 alone).
+    sometimes abort it ("terminate called without an active exception", 2 of 20 runs on torch 2.13 that saved nothing).
     """
     dist.barrier()
     sys.stdout.flush()

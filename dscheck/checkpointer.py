@@ -218,8 +218,7 @@ class Checkpointer:
         if self._has_commits and self.loaded is None and self._last_step is None and not self.settings.fresh:
             raise CheckpointExistsError(
                 f"{self.storage.url} has committed steps and this job has loaded none of them: call load() first, "
-                f"choose "
-                "another root, or pass fresh=True to start a new history there"
+                "choose another root, or pass fresh=True to start a new history there"
             )
 
     def _raise_last(self) -> None:

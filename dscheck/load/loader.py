@@ -95,8 +95,7 @@ class Loader:
         if unexpected and request.strict:
             raise StateMismatchError(
                 f"step {record.step} holds names that no rank has a place for: {_some(unexpected)}. Nothing was "
-                f"loaded; "
-                "load with strict=False to leave them out, or into the state that was saved"
+                "loaded; load with strict=False to leave them out, or into the state that was saved"
             )
         report = self._act("done", lambda: self._fill(record, prepared, unexpected))
         self._exchange("done", Ok(), _nothing)
@@ -112,8 +111,7 @@ class Loader:
             if post["step"] != request.step:
                 raise ConfigError(
                     f"rank 0 loads step {request.step}, rank {rank} loads step {post['step']}: load() is called with "
-                    f"the "
-                    "same arguments on all ranks",
+                    "the same arguments on all ranks",
                     ranks=[0, rank],
                 )
             if post != unpack(posts[0]):
@@ -211,6 +209,5 @@ def _compare(leaves: Sequence[TensorLeaf], contents: Contents, index: dict[str, 
         shown = "; ".join(wrong[:LISTED]) + (f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else "")
         raise StateMismatchError(
             f"step {contents.record.step} holds other tensors than the live state: {shown}. Nothing was loaded; load "
-            f"into the "
-            "model that was saved, or pass convert_dtype=True when only dtypes differ"
+            "into the model that was saved, or pass convert_dtype=True when only dtypes differ"
         )

@@ -191,6 +191,7 @@ class Saver:
 
     def _abandon(self, attempt: Attempt) -> None:
         """The thread hangs in a call that knows no deadline: leave it, with the memory it may still touch."""
+        self._queue.put(None)  # it ends when it wakes
         self._arena, self._lanes, self._thread, self._sent = Arena(), Lanes(), None, ""
         self._coordinator = self._coordinator.successor()
         self._end(
