@@ -78,8 +78,7 @@ def _summary(contents: Contents) -> str:
     counts = contents.record.counts
     return (
         f"{counts.tensors} tensors, {counts.fragments} fragments, {size(counts.bytes)}, written by {counts.ranks} "
-        f"ranks "
-        f"in {contents.record.committed - contents.record.started:.2f} s"
+        f"ranks in {contents.record.committed - contents.record.started:.2f} s"
     )
 
 

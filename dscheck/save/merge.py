@@ -104,8 +104,7 @@ def _refuse_ambiguous_aliases(tensors: Iterable[TensorRow]) -> None:
             if owner.setdefault(alias, row.name) != row.name:
                 raise StateError(
                     f"'{alias}' is tied to '{row.name}' on one rank and is another tensor on another: give them one "
-                    f"tie "
-                    "on all ranks, or none",
+                    "tie on all ranks, or none",
                     path=alias,
                 )
 
