@@ -10,6 +10,7 @@ from dscheck.errors import ConfigError
 WhenBusy = Literal["wait", "skip"]
 OnFailure = Literal["warn", "raise"]
 Replicas = Literal["equal", "first"]
+Auto = Literal["auto"]
 
 MIB = 1 << 20
 LONGEST_S = 10_000_000
@@ -25,6 +26,11 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "block_bytes": (int,),
     "piece_bytes": (int,),
     "read_threads": (int,),
+    "host_memory_bytes": (int, str),
+    "device_memory_bytes": (int, str),
+    "copy_threads": (int,),
+    "trace": (str, type(None)),
+    "check_capture": (bool,),
     "store_host": (str, type(None)),
     "store_port": (int,),
 }
@@ -43,6 +49,12 @@ class Settings:
     block_bytes: length of a checksummed block, the unit of reading; a power of two, 4 KiB to 64 MiB.
     piece_bytes: length of one capture copy.
     read_threads: concurrent reads of one rank at load.
+    host_memory_bytes: most host memory for captures that are not written yet; "auto": what this rank captures, once.
+    device_memory_bytes: most device memory for what the host cannot take in time; "auto": what is free, less a reserve;
+    0: none.
+    copy_threads: threads that copy host tensors and compute checksums.
+    trace: folder for one Chrome/Perfetto trace a save and rank, `trace-<step>-rank<rank>.json`; None: no traces.
+    check_capture: hash everything inside `save()` and compare what is stored with it: slow, for debugging.
     store_host, store_port: where rank 0 opens the store the ranks talk through; None and 0 choose by themselves.
     """
 
@@ -55,6 +67,11 @@ class Settings:
     block_bytes: int = 256 << 10
     piece_bytes: int = 32 * MIB
     read_threads: int = 4
+    host_memory_bytes: int | Auto = "auto"
+    device_memory_bytes: int | Auto = "auto"
+    copy_threads: int = 4
+    trace: str | None = None
+    check_capture: bool = False
     store_host: str | None = None
     store_port: int = 0
 
@@ -70,7 +87,15 @@ class Settings:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {get_args(choices)}")
         if not 4096 <= self.block_bytes <= 64 * MIB or self.block_bytes & (self.block_bytes - 1):
             raise ConfigError(f"block_bytes={self.block_bytes!r}: expected a power of two from 4096 to {64 * MIB}")
-        if self.piece_bytes < 4096:
-            raise ConfigError(f"piece_bytes={self.piece_bytes!r}: expected at least 4096")
-        if self.read_threads < 1:
-            raise ConfigError(f"read_threads={self.read_threads!r}: expected at least 1")
+        for name, least in (("piece_bytes", 4096), ("read_threads", 1), ("copy_threads", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected at least {least}")
+        for name, least in (("host_memory_bytes", 1), ("device_memory_bytes", 0)):
+            _check_budget(name, getattr(self, name), least)
+        if self.trace == "":
+            raise ConfigError("trace='': expected the path of a folder, or None")
+
+
+def _check_budget(name: str, value: int | str, least: int) -> None:
+    if value != "auto" and (isinstance(value, str) or value < least):
+        raise ConfigError(f"{name}={value!r}: expected bytes, at least {least}, or 'auto'")
