@@ -23,7 +23,7 @@ from dscheck.manifest.keys import record_key
 from dscheck.manifest.record import Record, decode_record
 from dscheck.ranks.base import Failed, Ok, Ranks
 from dscheck.ranks.message import pack, unpack
-from dscheck.state.leaf import TensorLeaf
+from dscheck.state.leaf import Target
 from dscheck.state.live import LiveState, Restore
 from dscheck.storage.base import Storage
 
@@ -139,13 +139,13 @@ class Loader:
         saved = saved_state(contents, self._ranks.rank, self._ranks.size)
         restore = self._live.prepare(saved, request.only, request.strict)
         index = contents.plan.index()
-        leaves = [leaf for leaf in restore.tensors if leaf.name in index]
-        _compare(leaves, contents, index, request.convert_dtype)
+        targets = [target for target in restore.tensors if target.name in index]
+        _compare(targets, contents, index, request.convert_dtype)
         needs = [
             need
-            for leaf in leaves
-            for part in leaf.parts
-            for need in needs_of(contents.plan, index[leaf.name], part.region, part)
+            for target in targets
+            for part in target.parts
+            for need in needs_of(contents.plan, index[target.name], part.region, part)
         ]
         return _Prepared(contents, restore, needs)
 
@@ -198,13 +198,14 @@ def _nothing(posts: Sequence[bytes]) -> bytes:
     return b""
 
 
-def _compare(leaves: Sequence[TensorLeaf], contents: Contents, index: dict[str, int], convert_dtype: bool) -> None:
+def _compare(targets: Sequence[Target], contents: Contents, index: dict[str, int], convert_dtype: bool) -> None:
     """Refuse a state of another model, with both shapes and dtypes of every tensor that differs."""
     wrong = []
-    for leaf in leaves:
-        row = contents.plan.tensors[index[leaf.name]]
-        if leaf.shape != row.shape or (leaf.dtype != row.dtype and not convert_dtype):
-            wrong.append(f"'{leaf.name}': {row.dtype}{list(row.shape)} saved, {leaf.dtype}{list(leaf.shape)} live")
+    for target in targets:
+        row = contents.plan.tensors[index[target.name]]
+        if target.shape != row.shape or (target.dtype != row.dtype and not convert_dtype):
+            live = f"{target.dtype}{list(target.shape)} live"
+            wrong.append(f"'{target.name}': {row.dtype}{list(row.shape)} saved, {live}")
     if wrong:
         shown = "; ".join(wrong[:LISTED]) + (f"; and {len(wrong) - LISTED} more" if len(wrong) > LISTED else "")
         raise StateMismatchError(

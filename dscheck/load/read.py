@@ -17,7 +17,7 @@ from dscheck.layout.region import Region
 from dscheck.load.needs import Need, Read
 from dscheck.native import crc32c_blocks
 from dscheck.snapshot.bits import bits
-from dscheck.state.leaf import Part
+from dscheck.state.placements import Part
 from dscheck.state.tensors import torch_dtype
 
 Checksums = Mapping[int, NDArray[np.uint32]]

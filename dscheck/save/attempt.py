@@ -55,15 +55,16 @@ class Moment:
     @classmethod
     def of(cls, flat: FlatState, rank: int, host: str, fences: Fences, agreed: Agreed, digest: str) -> Moment:
         """`digest` is that of the claims which the coordinator knows; others are sent whole, with all their samples."""
-        leaves = sorted(flat.tensors, key=lambda leaf: leaf.name.encode())
+        leaves = sorted(zip(flat.tensors, flat.locals, strict=True), key=lambda pair: pair[0].name.encode())
         rows = []
         held = []
-        for leaf in leaves:
-            regions = tuple(part.region for part in leaf.parts)
-            claim = Claim(leaf.name, leaf.dtype, leaf.shape, regions, leaf.holders, leaf.proof.value, leaf.aliases)
+        for leaf, local in leaves:
+            cut = leaf.cut
+            regions = tuple(region for region, _ in cut.pieces)
+            claim = Claim(leaf.name, leaf.dtype, cut.shape, regions, cut.holders, cut.proof.value, leaf.aliases)
             rows.append(claim)
-            if rank in leaf.holders:
-                held += [_held(claim, part.region, part.view, leaf.owner, fences) for part in leaf.parts]
+            if rank in cut.holders:
+                held += [_held(claim, part.region, part.view, leaf.owner, fences) for part in cut.parts(local)]
         claims = RankClaims(host, flat.mesh, tuple(rows))
         text = claims.encode()
         new = hashlib.sha256(text).hexdigest()

@@ -1,10 +1,12 @@
 """The live state: modules, optimizers, tensors and plain objects, flattened by global name and put back in place."""
 
 from dscheck.state.boxes import PerRank, Sharded, per_rank, sharded
-from dscheck.state.leaf import FlatState, Part, Proof, TensorLeaf
+from dscheck.state.leaf import FlatState, Target, TensorLeaf
 from dscheck.state.live import LiveState, Restore, SavedState, SavedTensor
+from dscheck.state.placements import Cut, Part, Proof
 
 __all__ = [
+    "Cut",
     "FlatState",
     "LiveState",
     "Part",
@@ -14,6 +16,7 @@ __all__ = [
     "SavedState",
     "SavedTensor",
     "Sharded",
+    "Target",
     "TensorLeaf",
     "per_rank",
     "sharded",

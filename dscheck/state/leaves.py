@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,10 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dscheck.errors import StateError
-from dscheck.state.leaf import TensorLeaf
+from dscheck.state.leaf import Target, TensorLeaf
 from dscheck.state.optimizers import Parameter
 from dscheck.state.placements import Cut
-from dscheck.state.tensors import alias, dtype_name, is_lazy_view, memory_key
+from dscheck.state.tensors import alias, dtype_name, is_lazy_view, memory_key, refuse_unstorable
 
 
 @dataclass(slots=True)
@@ -33,16 +34,16 @@ class Held:
         return self.names[0]
 
     def leaf(self) -> TensorLeaf:
-        return TensorLeaf(
-            self.name,
-            dtype_name(self.local.dtype, self.name),
-            self.cut.shape,
-            self.cut.parts(self.local),
-            self.cut.holders,
-            self.cut.proof,
-            self.owner,
-            tuple(self.names[1:]),
-        )
+        owned_by = None if self.owner is None else weakref.ref(self.owner)
+        return TensorLeaf(self.name, self._dtype, self.cut, owned_by, tuple(self.names[1:]))
+
+    def target(self, name: str) -> Target:
+        """What a load fills with the saved tensor `name`."""
+        return Target(name, self._dtype, self.cut.shape, self.cut.parts(self.local))
+
+    @property
+    def _dtype(self) -> str:
+        return dtype_name(self.local.dtype, self.name)
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -70,12 +71,13 @@ class Leaves:
         if name in self.by_name:
             raise StateError(f"two values of the state are called '{name}': rename one of them", path=name)
         local = local_of(tensor)
-        plain = alias(local, name)
+        refuse_unstorable(local, name)
+        lazy = is_lazy_view(local)
         self._note_mesh(tensor)
         key = (memory_key(local), cut.shape, cut.pieces)
         held = self._by_memory.get(key)
         if held is None:
-            held = self._by_memory[key] = Held([name], tensor, plain, cut, owner, is_lazy_view(local))
+            held = self._by_memory[key] = Held([name], tensor, alias(local) if lazy else local, cut, owner, lazy)
         else:
             held.names.append(name)
         self.by_name[name] = held

@@ -52,6 +52,7 @@ class LiveState:
             lift = _lift(found.leaves, self.rank, f"@rank{self.rank}" if alone else "")
             (flat.mine if alone else flat.ours)[name] = encode(slot.read(), name, lift)
         flat.tensors = [held.leaf() for held in found.leaves.held()]
+        flat.locals = [held.local for held in found.leaves.held()]
         flat.mesh = tuple(found.leaves.mesh.items())
         return flat
 

@@ -9,19 +9,20 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 
 from dscheck.errors import CorruptCheckpointError, StateError
-from dscheck.state.leaf import TensorLeaf
+from dscheck.state.leaf import Target
 from dscheck.state.leaves import local_of
 from dscheck.state.optimizers import Parameter, state_cut
 from dscheck.state.overlap import is_fillable
 from dscheck.state.placements import Cut, cut_of
 from dscheck.state.saved import Match, SavedTensor
-from dscheck.state.tensors import alias, dtype_name, torch_dtype
+from dscheck.state.tensors import dtype_name, refuse_unstorable, torch_dtype
 
 
-def leaf_of(name: str, tensor: torch.Tensor, cut: Cut) -> TensorLeaf:
+def target_of(name: str, tensor: torch.Tensor, cut: Cut) -> Target:
     """What load fills: `tensor`, which holds its values in its own bytes, under the saved name `name`."""
-    local = alias(local_of(tensor), name)
-    return TensorLeaf(name, dtype_name(local.dtype, name), cut.shape, cut.parts(local), cut.holders, cut.proof)
+    local = local_of(tensor)
+    refuse_unstorable(local, name)
+    return Target(name, dtype_name(local.dtype, name), cut.shape, cut.parts(local))
 
 
 def fresh_state(name: str, key: str, saved: SavedTensor, parameter: Parameter, *, on_device: bool) -> torch.Tensor:
@@ -84,5 +85,5 @@ class References:
         if live is None or not usable or not is_fillable(local_of(live)):
             live = torch.empty(saved.shape, dtype=dtype, device=device or (live.device if live is not None else "cpu"))
         cut = state_cut(live, parameter, name) if parameter else cut_of(live, name, self.rank)
-        self.match.fill(leaf_of(name, live, cut))
+        self.match.fill(target_of(name, live, cut))
         return live

@@ -15,9 +15,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dscheck.errors import StateError
-from dscheck.state.leaf import Proof
 from dscheck.state.names import Names
-from dscheck.state.placements import Cut, cut_of, replicated
+from dscheck.state.placements import Cut, Proof, cut_of, replicated
 from dscheck.state.slots import called
 
 _EXTRA = "_extra_state"

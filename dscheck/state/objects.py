@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from dscheck.errors import CorruptCheckpointError, StateError
 from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.manifest.objects import Array, decode_object, encode_object
-from dscheck.state.tensors import alias, dtype_name, torch_dtype
+from dscheck.state.tensors import alias, dtype_name, refuse_unstorable, torch_dtype
 
 LIFTED_BYTES = 1 << 20
 """A tensor in an object is a tensor of the checkpoint from this size on, and part of the object below it."""
@@ -130,7 +130,8 @@ def to_array(value: Any, path: str) -> Array | None:
     """A torch tensor in neutral form; None for what is no tensor. Raises StateError for what cannot be stored."""
     if not isinstance(value, torch.Tensor):
         return None
-    local = alias(value, path).cpu().contiguous()
+    refuse_unstorable(value, path)
+    local = alias(value).cpu().contiguous()
     data = local.reshape(-1).view(torch.uint8).numpy().tobytes() if local.numel() else b""
     return Array("torch", dtype_name(local.dtype, path), tuple(local.shape), data)
 

@@ -11,7 +11,7 @@ import torch
 from dscheck.errors import StateMismatchError
 from dscheck.manifest.objects import decode_object
 from dscheck.state.leaves import local_of
-from dscheck.state.memory import References, fresh_state, leaf_of
+from dscheck.state.memory import References, fresh_state, target_of
 from dscheck.state.objects import decode, from_array, on_device, tensors_in
 from dscheck.state.optimizers import IMPLEMENTATION, NamedOptimizer, Parameter, own_options, state_cut
 from dscheck.state.overlap import is_fillable
@@ -93,11 +93,11 @@ class OptimizerLoad:
             if name not in match.saved.tensors:
                 value = self._decoded(name, parameter, current, match, references)
             elif isinstance(current, torch.Tensor) and is_fillable(local_of(current)):
-                match.fill(leaf_of(name, current, state_cut(current, parameter, name)))
+                match.fill(target_of(name, current, state_cut(current, parameter, name)))
                 continue
             else:
                 value = fresh_state(name, key, match.saved.tensors[name], parameter, on_device=on_device)
-                match.fill(leaf_of(name, value, state_cut(value, parameter, name)))
+                match.fill(target_of(name, value, state_cut(value, parameter, name)))
             self._installed.append((parameter.tensor, key, value))
         if complete:
             self._removed += [(parameter.tensor, key) for key in live if key not in stored]

@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 
 from dscheck.errors import StateMismatchError
-from dscheck.state.leaf import TensorLeaf
+from dscheck.state.leaf import Target
 from dscheck.state.tensors import is_lazy_view, memory_key
 
 _CANDIDATES = 10_000  # distances tried a dimension: slices of one tensor need one or two
@@ -34,12 +34,12 @@ def overlaps_itself(local: torch.Tensor) -> bool:
     return False
 
 
-def refuse_shared_elements(leaves: Iterable[TensorLeaf]) -> None:
+def refuse_shared_elements(targets: Iterable[Target]) -> None:
     """Raise StateMismatchError, by both names, when a load would write some bytes from two saved tensors.
 
     The very same memory under two names is a tie, and no error here. No part may overlap itself.
     """
-    views = {memory_key(part.view): (leaf.name, part.view) for leaf in leaves for part in leaf.parts}
+    views = {memory_key(part.view): (target.name, part.view) for target in targets for part in target.parts}
     spans = sorted(
         (str(view.device), view.data_ptr(), view.data_ptr() + _span_bytes(view), number, name, view)
         for number, (name, view) in enumerate(views.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import lru_cache
 from typing import Any
 
@@ -17,8 +18,24 @@ from dscheck.errors import StateError
 from dscheck.layout.flat import flat_range_boxes
 from dscheck.layout.placement import Placement, Replicate, Shard, StridedShard, local_pieces, local_shape
 from dscheck.layout.region import Region
-from dscheck.state.leaf import Part, Proof
-from dscheck.state.tensors import refuse_unstorable
+from dscheck.state.tensors import plain, refuse_unstorable
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One region of a global tensor and the live memory that holds it: an alias, and `view.shape == region.shape`."""
+
+    region: Region
+    view: torch.Tensor
+
+
+class Proof(Enum):
+    """Why the holders of a tensor hold the same bytes (invariant C14)."""
+
+    MESH = "mesh"  # a DTensor's device mesh, or DDP's process group: shares of it may be written by different ranks
+    CLAIM = "claim"  # nothing but the name: one rank writes it whole, after equal samples
+    FIRST = "first"  # one rank is authoritative (buffers under DDP): the others only load it
+
 
 Box = Region | tuple[int, int]
 """Where a piece lies in the local tensor: a box of it, or a range of it once flattened."""
@@ -28,8 +45,9 @@ Box = Region | tuple[int, int]
 class Cut:
     """What one rank holds of a global tensor of `shape`, and where it lies in its local tensor of `local_shape`.
 
-    `pieces` are the non-empty ones, in local order. `holders` provably hold the same pieces, `group` any of the tensor:
-    a number that belongs to the tensor (an optimizer's step) is the same on all of those.
+    `pieces` are the non-empty ones, in local order. `holders`: the global ranks, sorted, that provably hold the same
+    pieces (this rank alone under Proof.CLAIM; under Proof.FIRST the one rank whose bytes count, perhaps another).
+    `group` holds any of the tensor: a number that belongs to it (an optimizer's step) is the same on all of those.
     """
 
     shape: tuple[int, ...]
@@ -45,7 +63,8 @@ class Cut:
         return self.local_shape == self.shape and all(region.shape == self.shape for region, _ in self.pieces)
 
     def parts(self, local: torch.Tensor) -> tuple[Part, ...]:
-        """The pieces with their views of `local`."""
+        """The pieces with their views of `local`, detached, which keep the old bytes after `p.data = other`."""
+        local = plain(local.detach())
         return tuple(Part(region, _view(local, region, box)) for region, box in self.pieces)
 
     def whole_of(self, shape: Sequence[int]) -> Cut:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import torch
 from dscheck.errors import StateError, StateMismatchError
 from dscheck.manifest.objects import decode_object
 from dscheck.state import rng as streams
-from dscheck.state.leaf import TensorLeaf
+from dscheck.state.leaf import Target
 from dscheck.state.leaves import Held, local_of
 from dscheck.state.memory import References
 from dscheck.state.modules import reshard
@@ -36,7 +36,7 @@ class Restore:
     names below the wanted ones for which this rank has no place; other ranks may have one.
     """
 
-    tensors: tuple[TensorLeaf, ...]
+    tensors: tuple[Target, ...]
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     _steps: list[Callable[[], None]]
@@ -66,11 +66,11 @@ def prepare(
     put_rng = work.random_streams(rng)
     match.check_only()
     match.check_conflicts(world)
-    refuse_shared_elements(match.leaves)
+    refuse_shared_elements(match.targets)
     unexpected = tuple(work.unexpected())
     if strict and (match.missing or (unexpected and world == 1)):
         raise _mismatch(match.missing, unexpected)
-    return Restore(tuple(match.leaves), tuple(match.missing), unexpected, work.steps, put_rng)
+    return Restore(tuple(match.targets), tuple(match.missing), unexpected, work.steps, put_rng)
 
 
 def _mismatch(missing: Sequence[str], unexpected: Sequence[str]) -> StateMismatchError:
@@ -100,7 +100,7 @@ class _Preparation:
                 self._match.missing.append(held.name)
                 continue
             _refuse_overlap(held)
-            self._match.fill(replace(held.leaf(), name=name))
+            self._match.fill(held.target(name))
             if held.copied:
                 self.steps.append(partial(_write_lazy, held))
         for name, module in self._found.modules.items():

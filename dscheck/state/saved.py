@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from dscheck.errors import ConfigError, StateMismatchError
-from dscheck.state.leaf import TensorLeaf
+from dscheck.state.leaf import Target
 
 _SHOWN = 20
 
@@ -54,11 +54,11 @@ class SavedState:
 
 @dataclass(slots=True)
 class Match:
-    """The wanted names, found or not. `leaves` is the memory to fill, `used` all saved names that have a place here."""
+    """The wanted names, found or not. `targets` is the memory to fill, `used` the saved names that have a place here."""
 
     saved: SavedState
     only: tuple[str, ...] | None
-    leaves: list[TensorLeaf] = field(default_factory=list)
+    targets: list[Target] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     conflicts: list[str] = field(default_factory=list)
@@ -76,9 +76,9 @@ class Match:
         """Whether `only` covers something at or below `name`."""
         return self.wants(name) or any(entry.startswith(f"{name}.") for entry in self.only or ())
 
-    def fill(self, leaf: TensorLeaf) -> None:
-        self.leaves.append(leaf)
-        self.used.add(leaf.name)
+    def fill(self, target: Target) -> None:
+        self.targets.append(target)
+        self.used.add(target.name)
 
     def object(self, name: str) -> Any:
         """The stored form of the plain object `name`, and note that it is used; a conflict is noted instead."""

@@ -70,13 +70,11 @@ def _has_storage(tensor: torch.Tensor) -> bool:
         return False
 
 
-def alias(tensor: torch.Tensor, path: str) -> torch.Tensor:
+def alias(tensor: torch.Tensor) -> torch.Tensor:
     """A detached view of the same memory, safe to hold: it keeps the old bytes after `p.data = other`.
 
     A lazily conjugated or negated view has no memory that holds its values: such a one comes back as a copy.
-    Raises StateError for what cannot be stored.
     """
-    refuse_unstorable(tensor, path)
     return plain(tensor.detach()).resolve_conj().resolve_neg()
 
 

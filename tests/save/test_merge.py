@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter, defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from dscheck.ranks.base import Ranks
 from dscheck.save.claims import Claim, RankClaims, share_of
 from dscheck.save.coordinator import watch
 from dscheck.save.merge import compare, merge
-from dscheck.state.leaf import FlatState, Proof
+from dscheck.state import FlatState, Proof, TensorLeaf
 from tests.end_to_end.worlds import fresh, job, load, open_on
 
 MIB = 1 << 20
@@ -161,14 +163,12 @@ def test_a_rank_made_writer_only_by_the_plan_captures_late_or_refuses(monkeypatc
     def flatten(self: LiveState) -> FlatState:
         """A tensor that all ranks hold by mesh, and that rank 0 has not got."""
         flat = plain(self)
-        leaves = []
-        for leaf in flat.tensors:
-            if leaf.name == "x" and self.rank == 0:
-                continue
-            shown = leaf.name == "x"
-            leaves.append(leaf.__class__(*_with(leaf, (0, 1, 2), Proof.MESH)) if shown else leaf)
-        flat.tensors = leaves
-        return flat
+        held = [
+            (_by_mesh(leaf, self.rank) if leaf.name == "x" else leaf, local)
+            for leaf, local in zip(flat.tensors, flat.locals, strict=True)
+            if leaf.name != "x" or self.rank
+        ]
+        return replace(flat, tensors=[leaf for leaf, _ in held], locals=[local for _, local in held])
 
     monkeypatch.setattr(LiveState, "flatten", flatten)
     root = fresh()
@@ -199,11 +199,9 @@ def test_a_rank_made_writer_only_by_the_plan_captures_late_or_refuses(monkeypatc
 OWNER: dict[int, torch.optim.Optimizer] = {}
 
 
-def _with(leaf: Any, holders: tuple[int, ...], proof: Proof) -> tuple[Any, ...]:
-    import threading
-
-    rank = int(threading.current_thread().name.removeprefix("rank-"))
-    return (leaf.name, leaf.dtype, leaf.shape, leaf.parts, holders, proof, OWNER[rank], leaf.aliases)
+def _by_mesh(leaf: TensorLeaf, rank: int) -> TensorLeaf:
+    cut = replace(leaf.cut, holders=(0, 1, 2), proof=Proof.MESH)
+    return replace(leaf, cut=cut, owned_by=weakref.ref(OWNER[rank]))
 
 
 def test_sharded_boxes_need_no_proof() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dscheck.layout.region import Region
-from dscheck.state import FlatState, LiveState, Restore, SavedState, SavedTensor, TensorLeaf
+from dscheck.state import FlatState, LiveState, Part, Restore, SavedState, SavedTensor
 from dscheck.state.tensors import torch_dtype
 
 
@@ -51,16 +51,22 @@ def save(states: Mapping[str, Any] | Sequence[FlatState], **settings: Any) -> Ch
     aliases: dict[str, str] = {}
     for rank, flat in enumerate(flats):
         json.dumps([flat.ours, flat.mine, flat.options], allow_nan=False)
-        for leaf in flat.tensors:
-            whole = tensors.setdefault(leaf.name, zeros(leaf.shape, torch_dtype(leaf.dtype)))
-            count = written.setdefault(leaf.name, torch.zeros(leaf.shape, dtype=torch.int32))
-            assert tuple(whole.shape) == leaf.shape
+        for leaf, local in zip(flat.tensors, flat.locals, strict=True):
+            shape = leaf.cut.shape
+            whole = tensors.setdefault(leaf.name, zeros(shape, torch_dtype(leaf.dtype)))
+            count = written.setdefault(leaf.name, torch.zeros(shape, dtype=torch.int32))
+            assert tuple(whole.shape) == shape
             aliases.update(dict.fromkeys(leaf.aliases, leaf.name))
-            if leaf.holders and rank == leaf.holders[0]:
-                _copy(leaf, whole, count)
+            if leaf.cut.holders and rank == leaf.cut.holders[0]:
+                _copy(leaf.cut.parts(local), whole, count)
     holes = [name for name, count in written.items() if count.numel() and count.min() < 1]
     assert not holes, f"not covered: {holes}"
-    return Checkpoint(tensors, aliases, [FlatState([], f.ours, f.mine, f.options, f.mesh) for f in flats])
+    return Checkpoint(tensors, aliases, [FlatState([], [], f.ours, f.mine, f.options, f.mesh) for f in flats])
+
+
+def parts(flat: FlatState) -> dict[str, tuple[Part, ...]]:
+    """The regions that this rank holds of each tensor, with their live views."""
+    return {leaf.name: leaf.cut.parts(local) for leaf, local in zip(flat.tensors, flat.locals, strict=True)}
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -70,8 +76,8 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     return tensor
 
 
-def _copy(leaf: TensorLeaf, whole: torch.Tensor, count: torch.Tensor) -> None:
-    for part in leaf.parts:
+def _copy(parts: Sequence[Part], whole: torch.Tensor, count: torch.Tensor) -> None:
+    for part in parts:
         assert tuple(part.view.shape) == part.region.shape
         assert part.region.numel
         assert type(part.view) is torch.Tensor

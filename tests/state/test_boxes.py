@@ -13,7 +13,7 @@ from torch import nn
 from dscheck.errors import ConfigError, LayoutError
 from dscheck.layout.region import Region
 from dscheck.state import LiveState, Sharded, sharded
-from tests.state.roundtrip import load, save
+from tests.state.roundtrip import load, parts, save
 
 
 def indices(*shape: int) -> torch.Tensor:
@@ -52,15 +52,17 @@ def flat(whole: torch.Tensor, start: int, stop: int) -> Sharded:
 
 
 def test_a_flat_range_of_a_scalar_is_the_scalar() -> None:
-    (leaf,) = LiveState({"s": sharded(torch.tensor([3.0]), (), flat_range=(0, 1))}, rank=0, world=1).flatten().tensors
-    assert (leaf.shape, leaf.parts[0].region, leaf.parts[0].view.shape) == ((), Region((), ()), ())
+    flat = LiveState({"s": sharded(torch.tensor([3.0]), (), flat_range=(0, 1))}, rank=0, world=1).flatten()
+    (part,) = parts(flat)["s"]
+    assert (flat.tensors[0].cut.shape, part.region, part.view.shape) == ((), Region((), ()), ())
 
 
 def test_a_box_is_an_alias_of_the_local_tensor() -> None:
     local = torch.zeros(2, 3)
-    (leaf,) = LiveState({"w": sharded(local, (4, 3), (2, 0))}, rank=1, world=2).flatten().tensors
-    assert leaf.parts[0].view.data_ptr() == local.data_ptr()
-    assert (leaf.parts[0].region, leaf.holders) == (Region((2, 0), (4, 3)), (1,))
+    flat = LiveState({"w": sharded(local, (4, 3), (2, 0))}, rank=1, world=2).flatten()
+    (part,) = parts(flat)["w"]
+    assert part.view.data_ptr() == local.data_ptr()
+    assert (part.region, flat.tensors[0].cut.holders) == (Region((2, 0), (4, 3)), (1,))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dscheck.errors import StateError, StateMismatchError
 from dscheck.state import FlatState, LiveState, Proof, TensorLeaf, sharded
-from tests.state.roundtrip import load, save
+from tests.state.roundtrip import load, parts, save
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_checkpointed_and_data_parallel_layers_add_nothing_to_names() -> None:
 def test_ddp_adds_nothing_to_names_and_tells_parameters_from_buffers() -> None:
     found = leaves({"model": DistributedDataParallel(nn.Sequential(Inner()))})
     assert found.keys() == NAMES
-    assert {name: leaf.proof for name, leaf in found.items()} == {
+    assert {name: leaf.cut.proof for name, leaf in found.items()} == {
         "model.0.module.weight": Proof.MESH,
         "model.0.module.bias": Proof.MESH,
         "model.0.kept": Proof.FIRST,
@@ -89,7 +89,7 @@ def test_what_ddp_ignores_is_only_a_claim() -> None:
     model = nn.Sequential(Inner())
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["0.module.bias", "0.kept"])
     found = leaves({"model": torch.compile(DistributedDataParallel(model))})
-    assert {name: leaf.proof for name, leaf in found.items()} == {
+    assert {name: leaf.cut.proof for name, leaf in found.items()} == {
         "model.0.module.weight": Proof.MESH,
         "model.0.module.bias": Proof.CLAIM,
         "model.0.kept": Proof.CLAIM,
@@ -98,7 +98,7 @@ def test_what_ddp_ignores_is_only_a_claim() -> None:
 
 def test_a_plain_module_is_a_claim_of_this_rank() -> None:
     flat = LiveState({"model": Inner()}, rank=3, world=4).flatten()
-    assert {(leaf.proof, leaf.holders) for leaf in flat.tensors} == {(Proof.CLAIM, (3,))}
+    assert {(leaf.cut.proof, leaf.cut.holders) for leaf in flat.tensors} == {(Proof.CLAIM, (3,))}
 
 
 def test_two_keys_that_clean_to_one_name_are_refused() -> None:
@@ -129,7 +129,7 @@ def test_parameters_that_share_memory_are_tied_too() -> None:
 def test_one_memory_cut_in_two_ways_is_two_tensors() -> None:
     local = torch.zeros(2, 3)
     found = leaves({"whole": local, "part": sharded(local, (4, 3), (0, 0))})
-    assert {name: leaf.shape for name, leaf in found.items()} == {"whole": (2, 3), "part": (4, 3)}
+    assert {name: leaf.cut.shape for name, leaf in found.items()} == {"whole": (2, 3), "part": (4, 3)}
 
 
 def test_a_view_of_a_part_is_a_tensor_of_its_own() -> None:
@@ -194,9 +194,9 @@ def test_a_loaded_parameter_is_the_same_object_and_memory() -> None:
 def test_the_view_keeps_the_old_bytes_when_data_is_replaced() -> None:
     model = nn.Linear(2, 3, bias=False)
     old = model.weight.detach().clone()
-    (leaf,) = flatten({"model": model}).tensors
+    (part,) = parts(flatten({"model": model}))["model.weight"]
     model.weight.data = torch.zeros(3, 2)
-    assert torch.equal(leaf.parts[0].view, old)
+    assert torch.equal(part.view, old)
 
 
 class Extra(nn.Module):
@@ -306,17 +306,17 @@ def evaluate(model: nn.Module) -> torch.Tensor:
 def test_after_an_eval_forward_the_sharded_parameters_are_saved_and_stay_gathered() -> None:
     model = sharded_model()
     optimizer = torch.optim.AdamW(model.parameters())
-    before = leaves({"model": model, "optimizer": optimizer})
+    before = parts(flatten({"model": model, "optimizer": optimizer}))
     evaluate(model)
     gathered = model[0].weight
     assert not isinstance(gathered, DTensor)
-    after = leaves({"model": model, "optimizer": optimizer})
+    flat = flatten({"model": model, "optimizer": optimizer})
     assert model[0].weight is gathered
+    assert all(leaf.owner is optimizer and leaf.cut.proof is Proof.MESH for leaf in flat.tensors)
+    after = parts(flat)
     assert after.keys() == before.keys()
-    assert all(leaf.owner is optimizer for leaf in after.values())
-    for name, leaf in after.items():
-        assert leaf.proof is Proof.MESH
-        assert leaf.parts[0].view.data_ptr() == before[name].parts[0].view.data_ptr()
+    for name, (part,) in after.items():
+        assert part.view.data_ptr() == before[name][0].view.data_ptr()
 
 
 @pytest.mark.usefixtures("one_rank")

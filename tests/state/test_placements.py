@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from dscheck.errors import StateError
 from dscheck.layout.region import Region
 from dscheck.state import FlatState, LiveState, Proof, TensorLeaf
 from tests.state.fake_ranks import fake_rank, forked, on_each, on_rank
-from tests.state.roundtrip import Checkpoint, load, save
+from tests.state.roundtrip import Checkpoint, load, parts, save
 
 RANKS = 8
 
@@ -29,14 +30,11 @@ def indices(*shape: int) -> torch.Tensor:
 
 
 def flatten(state: dict[str, Any], rank: int, world: int) -> FlatState:
+    """The state with copies of its memory and without its optimizers: what can leave its process."""
     flat = LiveState(state, rank=rank, world=world, rng=False).flatten()
-    flat.tensors = [copied(leaf) for leaf in flat.tensors]
+    flat.tensors = [replace(leaf, owned_by=None) for leaf in flat.tensors]
+    flat.locals = [local.detach().clone() for local in flat.locals]
     return flat
-
-
-def copied(leaf: TensorLeaf) -> TensorLeaf:
-    parts = tuple(type(part)(part.region, part.view.clone()) for part in leaf.parts)
-    return TensorLeaf(leaf.name, leaf.dtype, leaf.shape, parts, leaf.holders, leaf.proof, None, leaf.aliases)
 
 
 CUTS: list[tuple[tuple[int, ...], tuple[int, ...], list[Any]]] = [
@@ -57,38 +55,38 @@ CUTS: list[tuple[tuple[int, ...], tuple[int, ...], list[Any]]] = [
 
 
 @pytest.fixture(scope="module")
-def cuts() -> list[list[TensorLeaf]]:
-    """The leaf of each tensor of CUTS, with its elements, on each rank of its mesh."""
+def cuts() -> list[list[FlatState]]:
+    """Each tensor of CUTS, with its elements, on each rank of its mesh."""
 
-    def run(rank: int) -> list[TensorLeaf | None]:
-        found: list[TensorLeaf | None] = []
+    def run(rank: int) -> list[FlatState | None]:
+        found: list[FlatState | None] = []
         for shape, mesh_shape, placements in CUTS:
-            leaf = None
+            flat = None
             if rank < (world := math.prod(mesh_shape)):
                 with fake_rank(rank, world):
                     mesh = init_device_mesh("cpu", mesh_shape)
                     tensor = distribute_tensor(indices(*shape), mesh, placements, src_data_rank=None)
-                    leaf = flatten({"x": tensor}, rank, world).tensors[0]
-            found.append(leaf)
+                    flat = flatten({"x": tensor}, rank, world)
+            found.append(flat)
         return found
 
     ranks = forked(RANKS, run)
-    return [[leaf for leaf in leaves if leaf is not None] for leaves in zip(*ranks, strict=True)]
+    return [[flat for flat in flats if flat is not None] for flats in zip(*ranks, strict=True)]
 
 
-def test_every_part_holds_the_elements_of_its_region(cuts: list[list[TensorLeaf]]) -> None:
-    for (shape, mesh_shape, _), leaves in zip(CUTS, cuts, strict=True):
-        assert len(leaves) == math.prod(mesh_shape)
+def test_every_part_holds_the_elements_of_its_region(cuts: list[list[FlatState]]) -> None:
+    for (shape, mesh_shape, _), flats in zip(CUTS, cuts, strict=True):
+        assert len(flats) == math.prod(mesh_shape)
         whole = indices(*shape)
-        for leaf in leaves:
-            assert (leaf.shape, leaf.proof) == (shape, Proof.MESH)
-            for part in leaf.parts:
+        for flat in flats:
+            assert (flat.tensors[0].cut.shape, flat.tensors[0].cut.proof) == (shape, Proof.MESH)
+            for part in parts(flat)["x"]:
                 assert part.region.numel
                 assert torch.equal(part.view, whole[part.region.slices()] if shape else whole)
 
 
-def test_holders_are_the_ranks_along_the_replicated_dimensions(cuts: list[list[TensorLeaf]]) -> None:
-    holders = [[leaf.holders for leaf in leaves] for leaves in cuts[-3:]]
+def test_holders_are_the_ranks_along_the_replicated_dimensions(cuts: list[list[FlatState]]) -> None:
+    holders = [[flat.tensors[0].cut.holders for flat in flats] for flats in cuts[-3:]]
     assert holders == [[(0, 2), (1, 3), (0, 2), (1, 3)], [(0,), (1,), (2,), (3,)], [(0, 1, 2, 3)] * 4]
 
 
@@ -98,7 +96,7 @@ def test_ranks_of_a_submesh_are_global_ranks() -> None:
         return (
             flatten({"x": distribute_tensor(indices(4), mesh, [Replicate()], src_data_rank=None)}, rank, 4)
             .tensors[0]
-            .holders
+            .cut.holders
         )
 
     assert on_each(4, run) == [(0, 2), (1, 3), (0, 2), (1, 3)]
@@ -132,7 +130,7 @@ def test_a_rank_outside_the_mesh_holds_nothing() -> None:
     mesh = DeviceMesh("cpu", [0, 1])
     tensor = DTensor.from_local(torch.empty(0), mesh, [Shard(0)], run_check=False, shape=(4,), stride=(1,))
     (leaf,) = flatten({"x": tensor}, 2, 3).tensors
-    assert (leaf.parts, leaf.holders, leaf.shape) == ((), (), (4,))
+    assert (leaf.cut.pieces, leaf.cut.holders, leaf.cut.shape) == ((), (), (4,))
 
 
 @alone(0, 2)
@@ -148,9 +146,9 @@ def test_a_bare_strided_shard_is_several_boxes() -> None:
     local = torch.tensor([2.0, 3.0, 6.0, 7.0])
     placements = [_StridedShard(0, split_factor=2)]
     tensor = DTensor.from_local(local, mesh, placements, run_check=False, shape=(8,), stride=(1,))
-    (leaf,) = flatten({"x": tensor}, 1, 2).tensors
-    assert [part.region for part in leaf.parts] == [Region((2,), (4,)), Region((6,), (8,))]
-    for part in leaf.parts:
+    found = parts(flatten({"x": tensor}, 1, 2))["x"]
+    assert [part.region for part in found] == [Region((2,), (4,)), Region((6,), (8,))]
+    for part in found:
         assert torch.equal(part.view, indices(8)[part.region.slices()])
 
 
@@ -167,8 +165,8 @@ def test_padding_of_a_shard_is_not_read() -> None:
     model = fully_shard(nn.Linear(2, 3), mesh=init_device_mesh("cpu", (2,)))
     storage = model.weight._local_tensor.untyped_storage()
     assert storage.nbytes() > model.weight._local_tensor.numel() * 4
-    found = {leaf.name: leaf for leaf in flatten({"model": model}, 1, 2).tensors}
-    assert found["model.weight"].parts[0].view.shape == (1, 2)
+    (part,) = parts(flatten({"model": model}, 1, 2))["model.weight"]
+    assert part.view.shape == (1, 2)
 
 
 def parallel_model(mesh_shape: tuple[int, ...], rows: int, fill: bool) -> nn.Module:
@@ -250,8 +248,8 @@ def test_the_step_of_a_sharded_parameter_is_the_same_on_all_ranks_of_its_mesh() 
         return next(leaf for leaf in flat.tensors if leaf.name == "optimizer.state.step.model.0.weight")
 
     for leaf in on_each(4, run):
-        assert leaf.holders == (0, 1, 2, 3)
-        assert leaf.parts[0].region == Region((), ())
+        assert leaf.cut.holders == (0, 1, 2, 3)
+        assert [region for region, _ in leaf.cut.pieces] == [Region((), ())]
 
 
 @alone(0, 2)

@@ -27,7 +27,7 @@ def test_holders_under_ddp_are_the_ranks_of_its_group_and_its_first_decides_buff
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
         flat = LiveState({"model": model, "optimizer": optimizer}, rank=rank, world=3).flatten()
-        return {leaf.name: (leaf.proof, leaf.holders) for leaf in flat.tensors}
+        return {leaf.name: (leaf.cut.proof, leaf.cut.holders) for leaf in flat.tensors}
 
     for found in on_each(3, run)[1:]:
         assert found["model.weight"] == (Proof.MESH, (1, 2))
@@ -51,7 +51,7 @@ def test_a_zero_redundancy_optimizer_is_saved_in_parts_and_loaded_into_other_par
     def saved_on(rank: int) -> tuple[FlatState, set[str]]:
         flat = LiveState(make(True), rank=rank, world=2, rng=False).flatten()
         names = {leaf.name for leaf in flat.tensors}
-        flat.tensors = [replace(leaf, owner=None, holders=(rank,)) for leaf in flat.tensors]
+        flat.tensors = [replace(leaf, owned_by=None, cut=replace(leaf.cut, holders=(rank,))) for leaf in flat.tensors]
         return flat, names
 
     flats = on_each(2, saved_on)
