@@ -54,7 +54,7 @@ class SavedState:
 
 @dataclass(slots=True)
 class Match:
-    """The wanted names, found or not. `targets` is the memory to fill, `used` the saved names that have a place here."""
+    """The wanted names, found or not. `targets` is the memory to fill, `used`: saved names that have a place here."""
 
     saved: SavedState
     only: tuple[str, ...] | None
