@@ -31,16 +31,22 @@ std::uint32_t checksum(nb::handle data, std::int64_t value) {
   return kFunction(view.bytes(), start);
 }
 
-Checksums block_checksums(nb::handle data, std::int64_t block_bytes) {
-  if (block_bytes <= 0) {
-    throw nb::value_error(("block_bytes: expected at least 1, got " + std::to_string(block_bytes)).c_str());
+std::size_t at_least_one(const char* name, std::int64_t value) {
+  if (value <= 0) {
+    throw nb::value_error((std::string(name) + ": expected at least 1, got " + std::to_string(value)).c_str());
   }
+  return static_cast<std::size_t>(value);
+}
+
+Checksums block_checksums(nb::handle data, std::int64_t block_bytes, std::int64_t threads) {
+  const std::size_t length = at_least_one("block_bytes", block_bytes);
+  const std::size_t most = at_least_one("threads", threads);
   const ByteView view(data);
-  const std::size_t count = block_count(view.bytes().size(), static_cast<std::size_t>(block_bytes));
+  const std::size_t count = block_count(view.bytes().size(), length);
   auto checksums = std::make_unique<std::uint32_t[]>(count);
   {
     const nb::gil_scoped_release released;
-    crc32c_blocks(view.bytes(), static_cast<std::size_t>(block_bytes), {checksums.get(), count});
+    crc32c_blocks(view.bytes(), length, {checksums.get(), count}, most);
   }
   std::uint32_t* const first = checksums.get();
   const nb::capsule owner(first, [](void* p) noexcept { delete[] static_cast<std::uint32_t*>(p); });
@@ -54,7 +60,7 @@ void bind_crc32c(nb::module_& module) {
   using namespace nb::literals;
   module.def("crc32c", &checksum<&crc32c>, "data"_a.none(), "value"_a = 0);
   module.def("crc32c_scalar", &checksum<&crc32c_scalar>, "data"_a.none(), "value"_a = 0);
-  module.def("crc32c_blocks", &block_checksums, "data"_a.none(), "block_bytes"_a);
+  module.def("crc32c_blocks", &block_checksums, "data"_a.none(), "block_bytes"_a, "threads"_a = 1);
   module.def("crc32c_is_accelerated", &crc32c_is_accelerated);
 }
 
