@@ -15,7 +15,16 @@ from dscheck.errors import StateError
 from dscheck.state.leaf import Target, TensorLeaf
 from dscheck.state.optimizers import Parameter
 from dscheck.state.placements import Cut
-from dscheck.state.tensors import alias, dtype_name, is_lazy_view, memory_key, refuse_unstorable
+from dscheck.state.tensors import (
+    alias,
+    dtype_name,
+    is_lazy_view,
+    is_wrapper,
+    local_of,
+    memory_key,
+    refuse_unstorable,
+)
+from dscheck.state.wrappers import take_apart
 
 
 @dataclass(slots=True)
@@ -46,19 +55,26 @@ class Held:
         return dtype_name(self.local.dtype, self.name)
 
 
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's memory of a tensor: the local one of a DTensor, whatever its placements."""
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+@dataclass(slots=True)
+class Known:
+    """One tensor object that was met: its names, its cut, and its memory, which is several tensors for a wrapper."""
+
+    names: list[str]
+    tensor: torch.Tensor
+    cut: Cut
+    held: list[Held]
+    described: Any = None
+    """The stored description of a wrapper."""
 
 
 @dataclass(slots=True)
 class Leaves:
     """Collects tensors: the same memory cut in the same way, met again under another name, is a tie."""
 
-    by_name: dict[str, Held] = field(default_factory=dict)
     mesh: dict[str, int] = field(default_factory=dict)
     _by_memory: dict[Any, Held] = field(default_factory=dict)
-    _by_identity: dict[int, tuple[list[str], torch.Tensor, Held]] = field(default_factory=dict)
+    _by_identity: dict[int, Known] = field(default_factory=dict)
+    _names: set[str] = field(default_factory=set)
     _rewritten: set[int] = field(default_factory=set)
 
     def add(
@@ -68,22 +84,37 @@ class Leaves:
 
         Raises StateError when the name is taken, or the tensor cannot be stored.
         """
-        if name in self.by_name:
+        self._take_name(name)
+        self._note_mesh(tensor)
+        described = None
+        if is_wrapper(local_of(tensor)):
+            apart = take_apart(tensor, cut, name)
+            described, held = apart.described, []
+            for attribute, (inner, inner_cut) in apart.inner.items():
+                self._take_name(f"{name}.{attribute}")
+                held.append(self._hold(f"{name}.{attribute}", inner, inner_cut, owner))
+        else:
+            held = [self._hold(name, tensor, cut, owner)]
+        self._by_identity.setdefault(id(tensor), Known([], tensor, cut, held, described)).names.append(name)
+        if not owned:
+            self._rewritten.update(map(id, held))
+
+    def _take_name(self, name: str) -> None:
+        if name in self._names:
             raise StateError(f"two values of the state are called '{name}': rename one of them", path=name)
+        self._names.add(name)
+
+    def _hold(self, name: str, tensor: torch.Tensor, cut: Cut, owner: Optimizer | None) -> Held:
         local = local_of(tensor)
         refuse_unstorable(local, name)
         lazy = is_lazy_view(local)
-        self._note_mesh(tensor)
         key = (memory_key(local), cut.shape, cut.pieces)
         held = self._by_memory.get(key)
         if held is None:
             held = self._by_memory[key] = Held([name], tensor, alias(local) if lazy else local, cut, owner, lazy)
         else:
             held.names.append(name)
-        self.by_name[name] = held
-        self._by_identity.setdefault(id(tensor), ([], tensor, held))[0].append(name)
-        if not owned:
-            self._rewritten.add(id(held))
+        return held
 
     def _note_mesh(self, tensor: torch.Tensor) -> None:
         if isinstance(tensor, DTensor) and (dims := tensor.device_mesh.mesh_dim_names):
@@ -93,21 +124,26 @@ class Leaves:
     def parameters(self) -> dict[int, Parameter]:
         """By identity, what an optimizer may refer to."""
         return {
-            identity: Parameter(tuple(names), tensor, held.cut)
-            for identity, (names, tensor, held) in self._by_identity.items()
+            identity: Parameter(tuple(known.names), known.tensor, known.cut)
+            for identity, known in self._by_identity.items()
         }
 
     def own(self, parameter: torch.Tensor, optimizer: Optimizer) -> None:
         """Say that `optimizer` steps `parameter`. One that two optimizers step is fenced by neither."""
-        found = self._by_identity.get(id(parameter))
-        if found is None or id(held := found[2]) in self._rewritten:
-            return
-        if held.owner is not None and held.owner is not optimizer:
-            self._rewritten.add(id(held))
-            held.owner = None
-        else:
-            held.owner = optimizer
+        known = self._by_identity.get(id(parameter))
+        for held in known.held if known is not None else ():
+            if id(held) in self._rewritten:
+                continue
+            if held.owner is not None and held.owner is not optimizer:
+                self._rewritten.add(id(held))
+                held.owner = None
+            else:
+                held.owner = optimizer
 
     def held(self) -> Iterator[Held]:
         """Every tensor once, in the order in which they were met."""
         return iter(self._by_memory.values())
+
+    def wrappers(self) -> Iterator[Known]:
+        """What was taken apart: its description is to be saved beside its inner tensors, and compared at load."""
+        return (known for known in self._by_identity.values() if known.described is not None)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dscheck.errors import ConfigError
+from dscheck.errors import ConfigError, StateError
 from dscheck.manifest.objects import encode_object
 from dscheck.state import rng as streams
 from dscheck.state.leaf import FlatState
@@ -51,6 +51,7 @@ class LiveState:
             alone = name in found.per_rank
             lift = _lift(found.leaves, self.rank, f"@rank{self.rank}" if alone else "")
             (flat.mine if alone else flat.ours)[name] = encode(slot.read(), name, lift)
+        flat.ours |= _descriptions(found.leaves, flat)
         flat.tensors = [held.leaf() for held in found.leaves.held()]
         flat.locals = [held.local for held in found.leaves.held()]
         flat.mesh = tuple(found.leaves.mesh.items())
@@ -59,6 +60,14 @@ class LiveState:
     def prepare(self, saved: SavedState, only: Sequence[str] | None = None, strict: bool = True) -> Restore:
         """See `Restore`. Touches nothing live."""
         return prepare(self.survey(), saved, rank=self.rank, world=self.world, rng=self.rng, only=only, strict=strict)
+
+
+def _descriptions(leaves: Leaves, flat: FlatState) -> dict[str, Any]:
+    """What the wrappers in the state are, by name."""
+    found = {name: known.described for known in leaves.wrappers() for name in known.names}
+    if taken := next((name for name in found if name in flat.ours), None):
+        raise StateError(f"two values of the state are called '{taken}': rename one of them", path=taken)
+    return found
 
 
 def _lift(leaves: Leaves, rank: int, suffix: str = "") -> Lift:

@@ -10,12 +10,11 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from dscheck.errors import CorruptCheckpointError, StateError
 from dscheck.state.leaf import Target
-from dscheck.state.leaves import local_of
 from dscheck.state.optimizers import Parameter, state_cut
 from dscheck.state.overlap import is_fillable
 from dscheck.state.placements import Cut, cut_of
 from dscheck.state.saved import Match, SavedTensor
-from dscheck.state.tensors import dtype_name, refuse_unstorable, torch_dtype
+from dscheck.state.tensors import dtype_name, is_wrapper, local_of, refuse_unstorable, torch_dtype
 
 
 def target_of(name: str, tensor: torch.Tensor, cut: Cut) -> Target:
@@ -35,19 +34,20 @@ def fresh_state(name: str, key: str, saved: SavedTensor, parameter: Parameter, *
     dtype, like = torch_dtype(saved.dtype), parameter.tensor.detach()
     if not saved.shape and key == "step":
         return torch.empty((), dtype=dtype, device=local_of(like).device if on_device else "cpu")
-    if saved.shape == parameter.cut.shape:
+    if saved.shape == parameter.cut.shape and not is_wrapper(local_of(like)):
         return torch.empty_like(like, dtype=dtype)
     whole = torch.empty(saved.shape, dtype=dtype, device=local_of(like).device)
     if not saved.shape:
         return whole
-    if isinstance(like, DTensor):
+    if isinstance(like, DTensor) and (parameter.cut.is_whole or saved.shape != parameter.cut.shape):
         mesh = like.device_mesh
         return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     if parameter.cut.is_whole:
         return whole
     raise StateError(
         f"'{name}' of shape {list(saved.shape)} cannot be placed: its parameter '{parameter.names[0]}' of shape "
-        f"{list(parameter.cut.shape)} is sharded by hand, and no live state shows how the optimizer keeps it",
+        f"{list(parameter.cut.shape)} is sharded by hand or wraps other tensors, and no live state shows how the "
+        "optimizer keeps it: let it step once before the load",
         path=name,
     )
 

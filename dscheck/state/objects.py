@@ -14,12 +14,14 @@ from torch.distributed.tensor import DTensor
 from dscheck.errors import CorruptCheckpointError, StateError
 from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.manifest.objects import Array, decode_object, encode_object
-from dscheck.state.tensors import alias, dtype_name, refuse_unstorable, torch_dtype
+from dscheck.state.tensors import alias, dtype_name, is_wrapper, local_of, refuse_unstorable, torch_dtype
+from dscheck.state.wrappers import KEY as WRAPPER
 
 LIFTED_BYTES = 1 << 20
 """A tensor in an object is a tensor of the checkpoint from this size on, and part of the object below it."""
 
 _REFERENCE = "dscheck.tensor"
+_RESERVED = (_REFERENCE, WRAPPER)
 _DEEPEST = 100
 _MAPPINGS = (dict, OrderedDict, defaultdict)
 
@@ -35,8 +37,10 @@ def encode(value: Any, name: str, lift: Lift) -> Any:
     """
 
     def visit(at: str, item: Any) -> Any:
-        if type(item) is dict and _REFERENCE in item:
-            raise StateError(f"'{at}' has the key '{_REFERENCE}', which dscheck keeps for itself: rename it", path=at)
+        if type(item) is dict and (key := next((key for key in _RESERVED if key in item), None)):
+            raise StateError(f"'{at}' has the key '{key}', which dscheck keeps for itself: rename it", path=at)
+        if isinstance(item, torch.Tensor) and is_wrapper(local_of(item)):
+            refuse_unstorable(local_of(item), at)
         if (tensor := _liftable(item)) is None:
             return item
         return {_REFERENCE: lift(at, tensor), "lib": "torch" if isinstance(item, torch.Tensor) else "numpy"}

@@ -8,16 +8,19 @@ from typing import Any
 
 import torch
 
-from dscheck.errors import StateMismatchError
+from dscheck.errors import StateError, StateMismatchError
 from dscheck.manifest.objects import decode_object
-from dscheck.state.leaves import local_of
 from dscheck.state.memory import References, fresh_state, target_of
 from dscheck.state.objects import decode, from_array, on_device, tensors_in
 from dscheck.state.optimizers import IMPLEMENTATION, NamedOptimizer, Parameter, own_options, state_cut
 from dscheck.state.overlap import is_fillable
+from dscheck.state.placements import Cut
 from dscheck.state.saved import Match, shown
+from dscheck.state.tensors import is_wrapper, local_of
+from dscheck.state.wrappers import match_described, refuse_saved_wrapper, take_apart
 
 _ABSENT = object()
+_STEP_FIRST = "let the optimizer step once, with zero gradients, so that it makes its state, and load then"
 
 
 @dataclass(slots=True)
@@ -90,6 +93,10 @@ class OptimizerLoad:
             if not match.wants(name):
                 continue
             current = live.get(key, _ABSENT)
+            if isinstance(current, torch.Tensor) and is_wrapper(local_of(current)):
+                _fill_wrapper(name, current, state_cut(current, parameter, name), match)
+                continue
+            refuse_saved_wrapper(name, match, "absent" if current is _ABSENT else "plain", _STEP_FIRST)
             if name not in match.saved.tensors:
                 value = self._decoded(name, parameter, current, match, references)
             elif isinstance(current, torch.Tensor) and is_fillable(local_of(current)):
@@ -168,6 +175,20 @@ def _stored_state(optimizer: NamedOptimizer, match: Match) -> tuple[dict[str, di
             key, dot, parameter = name[len(prefix) :].partition(".")
             (found.setdefault(parameter, {}) if dot else whole)[key] = name
     return found, whole
+
+
+def _fill_wrapper(name: str, live: torch.Tensor, cut: Cut, match: Match) -> None:
+    """A wrapper in an optimizer's state gets the bytes of its inner tensors, in place."""
+    apart = take_apart(live, cut, name)
+    match_described([name], apart.described, match)
+    for attribute, (inner, inner_cut) in apart.inner.items():
+        inside = f"{name}.{attribute}"
+        if inside not in match.saved.tensors:
+            match.missing.append(inside)
+        elif not is_fillable(local_of(inner)):
+            raise StateError(f"'{inside}' is expanded or a lazy view: it cannot be loaded in place", path=inside)
+        else:
+            match.fill(target_of(inside, inner, inner_cut))
 
 
 def _semantic(options: Any) -> dict[str, Any]:

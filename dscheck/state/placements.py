@@ -18,7 +18,7 @@ from dscheck.errors import StateError
 from dscheck.layout.flat import flat_range_boxes
 from dscheck.layout.placement import Placement, Replicate, Shard, StridedShard, local_pieces, local_shape
 from dscheck.layout.region import Region
-from dscheck.state.tensors import plain, refuse_unstorable
+from dscheck.state.tensors import is_wrapper, plain, refuse_unstorable
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,8 @@ def flat_range(shape: Sequence[int], start: int, stop: int, local_shape: Sequenc
 
 def cut_of(tensor: torch.Tensor, path: str, rank: int) -> Cut:
     """The cut of a tensor about which nothing but itself is known. Raises StateError for what cannot be stored."""
-    refuse_unstorable(tensor, path)  # before its shape is asked for: not all of those have one
+    if not is_wrapper(tensor):
+        refuse_unstorable(tensor, path)  # before its shape is asked for: not all of those have one
     return dtensor_cut(tensor, path) if isinstance(tensor, DTensor) else whole(tensor.shape, rank)
 
 
@@ -143,6 +144,19 @@ def dtensor_cut(tensor: DTensor, path: str) -> Cut:
             path=path,
         )
     return cut
+
+
+def stacked(tensor: DTensor, cut: Cut, shape: Sequence[int]) -> Cut:
+    """The cut of what each shard of `tensor`, cut as `cut`, has for itself, of `shape`: one row of it a shard."""
+    spec, count, row = tensor._spec, 1, 0
+    coordinate = spec.mesh.get_coordinate()
+    for dim, placement in enumerate(spec.placements):
+        if not placement.is_replicate():
+            size = spec.mesh.size(dim)
+            count, row = count * size, row * size + (coordinate[dim] if coordinate is not None else 0)
+    region = Region((row, *(0 for _ in shape)), (row + 1, *shape))
+    pieces: tuple[tuple[Region, Box], ...] = ((region, (0, region.numel)),) if region.numel and cut.pieces else ()
+    return Cut((count, *shape), tuple(shape), pieces, cut.holders, cut.group, cut.proof)
 
 
 def _placement(placement: Any, path: str) -> Placement:

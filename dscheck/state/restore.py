@@ -14,7 +14,7 @@ from dscheck.errors import StateError, StateMismatchError
 from dscheck.manifest.objects import decode_object
 from dscheck.state import rng as streams
 from dscheck.state.leaf import Target
-from dscheck.state.leaves import Held, local_of
+from dscheck.state.leaves import Held
 from dscheck.state.memory import References
 from dscheck.state.modules import reshard
 from dscheck.state.objects import decode, like_live, tensors_in
@@ -23,6 +23,8 @@ from dscheck.state.overlap import overlaps_itself, refuse_shared_elements
 from dscheck.state.saved import Match, SavedState, checked_only, shown
 from dscheck.state.slots import Slot, called
 from dscheck.state.survey import Survey
+from dscheck.state.tensors import local_of
+from dscheck.state.wrappers import match_described, refuse_saved_wrapper
 
 Rng = Literal["exact", "equivalent", "none"]
 _OF_RANK = re.compile(r"@rank\d+$")
@@ -97,12 +99,15 @@ class _Preparation:
                 continue
             name = self._saved_name(held)
             if name is None:
+                refuse_saved_wrapper(held.name, self._match, "a plain tensor", "wrap or quantize it before the load")
                 self._match.missing.append(held.name)
                 continue
             _refuse_overlap(held)
             self._match.fill(held.target(name))
             if held.copied:
                 self.steps.append(partial(_write_lazy, held))
+        for known in self._found.leaves.wrappers():
+            match_described(known.names, known.described, self._match)
         for name, module in self._found.modules.items():
             if self._match.touches(name):
                 self.steps.append(partial(reshard, module))

@@ -30,6 +30,19 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's memory of a tensor: the local one of a DTensor, whatever its placements."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether its values lie in other tensors, which `__tensor_flatten__` names. A DTensor or nested tensor is none."""
+    kind = type(tensor)
+    if kind is torch.Tensor or kind is torch.nn.Parameter or isinstance(tensor, DTensor):
+        return False
+    return is_traceable_wrapper_subclass(tensor) and not tensor.is_nested
+
+
 def refuse_unstorable(tensor: torch.Tensor, path: str) -> None:
     """Raise StateError, naming `path`, for what has no plain bytes of its own. A DTensor has its local tensor's."""
     if reason := _unstorable(tensor):
@@ -50,7 +63,10 @@ def _unstorable(tensor: torch.Tensor) -> str | None:
     if tensor.layout != torch.strided:
         return f"has layout {tensor.layout}: store its indices and values, or a dense copy"
     if is_traceable_wrapper_subclass(tensor) or (tensor.numel() and not _has_storage(tensor)):
-        return f"is a {type(tensor).__name__}, which wraps other tensors: store those instead"
+        return (
+            f"is a {type(tensor).__name__}, which wraps other tensors: with __tensor_flatten__ it can be a parameter, "
+            "a buffer, or in an optimizer's state; else store the tensors in it"
+        )
     return None
 
 

@@ -13,6 +13,7 @@ from dscheck.manifest.objects import decode_object
 from dscheck.state import per_rank
 from dscheck.state.leaf import FlatState
 from dscheck.state.live import LiveState
+from tests.state.coded import coded
 
 LARGE = 1 << 18
 
@@ -105,3 +106,14 @@ def test_a_large_tensor_in_an_object_is_a_tensor_with_a_reference() -> None:
     assert found.ours["loader"]["small"]["$"] == "array"
     with pytest.raises(StateError, match="keeps for itself"):
         flat(loader=Loader({"a": {"dscheck.tensor": "x"}}))
+
+
+def test_a_wrapper_is_its_inner_tensors_and_an_object() -> None:
+    """format F99"""
+    found = flat(weight=coded(4, 8))
+    assert names(found) == {"weight.codes", "weight.scale"}
+    described = found.ours["weight"]["dscheck.wrapper"]
+    assert list(found.ours["weight"]) == ["dscheck.wrapper"]
+    assert described.keys() == {"class", "dtype", "shape", "metadata", "inner"}
+    with pytest.raises(StateError, match="keeps for itself"):
+        flat(loader=Loader({"a": {"dscheck.wrapper": {}}}))

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.two_tensor import TwoTensor
 
 from dscheck.errors import StateError, StateMismatchError
 from dscheck.manifest.dtypes import ITEMSIZE
@@ -107,7 +106,6 @@ REFUSED: list[tuple[torch.Tensor, str]] = [
     (torch.eye(2).to_sparse_csr(), "layout torch.sparse_csr"),
     (torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), "nested"),
     (torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged), "nested"),
-    (TwoTensor(torch.ones(2), torch.ones(2)), "is a TwoTensor, which wraps other tensors"),
     (fake(), "FakeTensor"),
 ]
 
@@ -120,13 +118,6 @@ def test_what_has_no_plain_bytes_is_refused_by_path(tensor: torch.Tensor, reason
     for (name, value), path in zip(places.items(), ("tensor", r"model\.b"), strict=True):
         with pytest.raises(StateError, match=rf"'{path}' .*{reason}"):
             LiveState({name: value}, rank=0, world=1).flatten()
-
-
-def test_a_wrapped_weight_inside_a_parameter_is_refused_by_path() -> None:
-    module = nn.Module()
-    module.weight = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
-    with pytest.raises(StateError, match=r"'model\.weight' is a TwoTensor"):
-        LiveState({"model": module}, rank=0, world=1).flatten()
 
 
 class Labelled(torch.Tensor):
