@@ -292,3 +292,19 @@ def test_running_statistics_that_a_forward_moves_are_saved_as_they_were(device: 
         saving.job.state["model"](torch.randn(8, training.WIDTH, device=device))
     saving.train()
     saving.check(normalized())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_quantized_moments_commit_the_state_of_their_moment(name: str, device: str, tmp_path: Path) -> None:
+    """They are wrapper subclasses, whose inner tensors a step changes (TRAPS 12)."""
+    make = getattr(pytest.importorskip("torchao.optim"), name)
+    with torch.compiler.set_stance("force_eager"):  # each step would compile for half a minute
+        saving = Saving(tmp_path, stepped_by(make, device))
+        for _ in range(3):
+            saving.train()
+            saving.save()
+        saving.train()
+        fresh = stepped_by(make, device)
+        fresh.step()
+        saving.check(fresh)
