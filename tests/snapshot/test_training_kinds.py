@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from dscheck import Checkpointer
 from tests.snapshot import training
@@ -308,3 +311,39 @@ def test_quantized_moments_commit_the_state_of_their_moment(name: str, device: s
         fresh = stepped_by(make, device)
         fresh.step()
         saving.check(fresh)
+
+
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fully_sharded_state_on_the_host_is_saved_as_it_was(device: str, tmp_path: Path, one_rank: None) -> None:
+    """FSDP2 with CPU offload: DTensors whose local tensors, gradients and moments lie on the host."""
+
+    def sharded() -> Job:
+        model = layers().to(device)
+        mesh, policy = init_device_mesh(device, (1,)), CPUOffloadPolicy(pin_memory=device == "cuda")
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh, offload_policy=policy)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=True)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            loss_of(model, device).backward()
+            optimizer.step()
+
+        return Job({"model": model, "optimizer": optimizer}, step)
+
+    saving = Saving(tmp_path, sharded())
+    for _ in range(3):
+        saving.train()
+        saving.save()
+    saving.train()
+    assert {parameter.device.type for parameter in saving.job.state["model"].parameters()} == {"cpu"}
+    saving.check(sharded())
