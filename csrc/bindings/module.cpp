@@ -1,5 +1,11 @@
 #include <nanobind/nanobind.h>
 
 #include "bindings/crc32c.h"
+#include "bindings/identity.h"
+#include "bindings/memory.h"
 
-NB_MODULE(_core, module) { dscheck::bind_crc32c(module); }
+NB_MODULE(_core, module) {
+  dscheck::bind_crc32c(module);
+  dscheck::bind_identity(module);
+  dscheck::bind_memory(module);
+}

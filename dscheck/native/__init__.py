@@ -1,5 +1,33 @@
-"""The compiled core: one verb, one native file, one stub, one test each. Every call releases the GIL."""
+"""The compiled core. Whatever takes long there releases the GIL."""
 
-from dscheck.native._core import crc32c, crc32c_blocks, crc32c_is_accelerated
+from dscheck.native._core import (
+    Anything,
+    Entries,
+    Equal,
+    Kind,
+    Members,
+    Memory,
+    Node,
+    Same,
+    Standing,
+    crc32c,
+    crc32c_blocks,
+    crc32c_is_accelerated,
+    look,
+)
 
-__all__ = ["crc32c", "crc32c_blocks", "crc32c_is_accelerated"]
+__all__ = [
+    "Anything",
+    "Entries",
+    "Equal",
+    "Kind",
+    "Members",
+    "Memory",
+    "Node",
+    "Same",
+    "Standing",
+    "crc32c",
+    "crc32c_blocks",
+    "crc32c_is_accelerated",
+    "look",
+]

@@ -1,6 +1,8 @@
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from typing_extensions import Buffer
 
@@ -29,3 +31,62 @@ def crc32c_blocks(data: Buffer | _HostTensor, block_bytes: int, threads: int = 1
 
 def crc32c_is_accelerated() -> bool:
     """Whether crc32c() runs on CRC instructions on this CPU."""
+
+class Node:
+    """What one value of an object graph is expected to be."""
+
+class Anything(Node):
+    """Any value."""
+
+    def __init__(self) -> None: ...
+
+class Same(Node):
+    """The very object, which is not kept alive. Raises TypeError for one that cannot be referred to weakly."""
+
+    def __init__(self, object: Any) -> None: ...
+
+class Kind(Node):
+    """Any object of exactly this type. `wanted_as`: a look gives it back under this name."""
+
+    def __init__(self, type: type, wanted_as: str | None = None) -> None: ...
+
+class Equal(Node):
+    """An equal value. This one is kept, so it must hold no tensor."""
+
+    def __init__(self, value: Any) -> None: ...
+
+class Entries(Node):
+    """A container of the same type with as many entries, in this order, under equal keys, and `nodes` for the values.
+
+    Keys that are neither texts nor ints are compared by identity. Raises ValueError for too few nodes.
+    """
+
+    def __init__(self, container: Any, nodes: Sequence[Node]) -> None: ...
+
+class Members(Node):
+    """A dict that has these entries, among others."""
+
+    def __init__(self, nodes: Mapping[str, Node]) -> None: ...
+
+class Standing:
+    """An object that is still alive, with the same type, with these attributes, and without those of `absent`.
+
+    The latter are looked for in the object's own `__dict__` only. Nothing is kept alive.
+    """
+
+    def __init__(self, object: Any, attributes: Mapping[str, Node], absent: Sequence[str] = ()) -> None: ...
+
+def look(roots: Sequence[Standing]) -> dict[str, Any] | None:
+    """The wanted values by name if all of `roots` are as recorded, else None."""
+
+class Memory:
+    """Where and how tensors lie in memory; they are not kept alive. Raises TypeError or RuntimeError for tensors that
+    have no memory of their own.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None: ...
+    def tensors(self) -> list[torch.Tensor] | None:
+        """The tensors; None if one is gone, or has another address, shape, dtype, device or strides."""
+
+    def is_like(self, other: Memory) -> bool:
+        """Whether both are as many tensors of equal shapes, dtypes, devices and strides, in this order."""

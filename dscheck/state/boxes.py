@@ -18,7 +18,7 @@ OnReshard = Callable[[list[Any], int, int], Any] | Literal["first", "drop"] | No
 """Given all saved values in rank order, this rank and the number of ranks, what this rank loads."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Sharded:
     """A piece of a global tensor that this rank holds in `local`. Made by `sharded`, which has checked it."""
 
@@ -35,7 +35,7 @@ class Sharded:
         return box(self.global_shape, self.offset, local_shape, rank)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class PerRank:
     """A value that belongs to this rank alone. Made by `per_rank`. A load may replace `value` when it is plain data."""
 

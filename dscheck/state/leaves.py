@@ -140,6 +140,10 @@ class Leaves:
             else:
                 held.owner = optimizer
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor object that was met, each once."""
+        return (known.tensor for known in self._by_identity.values())
+
     def held(self) -> Iterator[Held]:
         """Every tensor once, in the order in which they were met."""
         return iter(self._by_memory.values())

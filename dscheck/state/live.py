@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
-
-from dscheck.errors import ConfigError, StateError
+from dscheck.errors import ConfigError
 from dscheck.manifest.objects import encode_object
 from dscheck.state import rng as streams
+from dscheck.state.flattening import Flattening
 from dscheck.state.leaf import FlatState
-from dscheck.state.leaves import Leaves
-from dscheck.state.objects import Lift, encode, tensors_in, to_array
-from dscheck.state.optimizers import NamedOptimizer, Parameter, plain_options, state_cut
-from dscheck.state.placements import cut_of
 from dscheck.state.restore import Restore, prepare
 from dscheck.state.saved import SavedState, SavedTensor
+from dscheck.state.structure import Structure
 from dscheck.state.survey import Survey, survey
+from dscheck.state.watch import watched
 
 __all__ = ["LiveState", "Restore", "SavedState", "SavedTensor"]
 
@@ -31,6 +29,7 @@ class LiveState:
         if not 0 <= rank < world:
             raise ConfigError(f"rank {rank} is not one of {world} ranks")
         self.mapping, self.rank, self.world, self.rng = mapping, rank, world, rng
+        self._structure: Structure | None = None
 
     def survey(self) -> Survey:
         """Names, tensors, optimizers and objects as they are now. Raises StateError for what cannot be stored."""
@@ -39,72 +38,29 @@ class LiveState:
     def flatten(self) -> FlatState:
         """The state at this moment: tensors as views of live memory, all else as values that cannot change any more.
 
-        No collective, no optimizer step, nothing resharded. Raises StateError by path.
+        `tensors` is the list of the last time as long as the structure is the same: names, cuts and owners, and how the
+        tensors lie in memory. No collective, no optimizer step, nothing resharded. Raises StateError by path.
         """
-        flat = FlatState()
-        if self.rng:
-            flat.mine[streams.KEY] = encode_object(streams.capture(), streams.KEY)
+        # Random streams come first: a state_dict of the user's may draw from them.
+        mine = {streams.KEY: encode_object(streams.capture(), streams.KEY)} if self.rng else {}
+        flat = FlatState(mine={**mine})
+        if self._structure is not None and self._structure.flatten(flat):
+            return flat
+        return self._surveyed(FlatState(mine=mine))
+
+    def _surveyed(self, flat: FlatState) -> FlatState:
+        """The state by a walk over all of it, which the next one is spared if it is the same then."""
+        before, self._structure = self._structure, None
         found = self.survey()
-        for optimizer in found.optimizers:
-            _flatten_optimizer(optimizer, found.leaves, flat, self.rank)
-        for name, slot in found.objects.items():
-            alone = name in found.per_rank
-            lift = _lift(found.leaves, self.rank, f"@rank{self.rank}" if alone else "")
-            (flat.mine if alone else flat.ours)[name] = encode(slot.read(), name, lift)
-        flat.ours |= _descriptions(found.leaves, flat)
-        flat.tensors = [held.leaf() for held in found.leaves.held()]
-        flat.locals = [held.local for held in found.leaves.held()]
-        flat.mesh = tuple(found.leaves.mesh.items())
+        writing = Flattening(found, flat, self.rank)
+        constant = writing.everything()
+        roots = None if writing.is_fleeting else watched(self, self.mapping, found)
+        self._structure = now = Structure.of(flat, found, roots, constant)
+        if before is not None and now.is_like(before):
+            flat.tensors = before.tensors
+            self._structure = replace(now, tensors=before.tensors)
         return flat
 
     def prepare(self, saved: SavedState, only: Sequence[str] | None = None, strict: bool = True) -> Restore:
         """See `Restore`. Touches nothing live."""
         return prepare(self.survey(), saved, rank=self.rank, world=self.world, rng=self.rng, only=only, strict=strict)
-
-
-def _descriptions(leaves: Leaves, flat: FlatState) -> dict[str, Any]:
-    """What the wrappers in the state are, by name."""
-    found = {name: known.described for known in leaves.wrappers() for name in known.names}
-    if taken := next((name for name in found if name in flat.ours), None):
-        raise StateError(f"two values of the state are called '{taken}': rename one of them", path=taken)
-    return found
-
-
-def _lift(leaves: Leaves, rank: int, suffix: str = "") -> Lift:
-    def lift(at: str, tensor: torch.Tensor) -> str:
-        leaves.add(at + suffix, tensor, cut_of(tensor, at, rank))
-        return at + suffix
-
-    return lift
-
-
-def _flatten_optimizer(optimizer: NamedOptimizer, leaves: Leaves, flat: FlatState, rank: int) -> None:
-    for key, parameter, value in optimizer.values():
-        name = optimizer.state_name(key, parameter)
-        if parameter is not None and isinstance(value, torch.Tensor):
-            leaves.add(name, value, state_cut(value, parameter, name), optimizer.inner)
-        else:
-            flat.ours[name] = encode(value, name, _lift_state(optimizer, parameter, leaves, value, name, rank))
-    options = flat.options[optimizer.name] = {}
-    for group, members in optimizer.options():
-        encoded = encode_object(group, f"{optimizer.name}.options", to_array)
-        options.update({parameter.names[0]: encoded for parameter in members})
-    if optimizer.bare:
-        name = optimizer.bare_name
-        flat.ours[name] = [encode_object(plain_options(group), name, to_array) for group in optimizer.bare]
-
-
-def _lift_state(
-    optimizer: NamedOptimizer, parameter: Parameter | None, leaves: Leaves, value: Any, name: str, rank: int
-) -> Lift:
-    """Tensors nested in a parameter's state (LBFGS) are whole, or refused."""
-    if parameter is not None and not parameter.cut.is_whole:
-        for at, tensor in tensors_in(value, name).items():
-            state_cut(tensor, parameter, at)
-
-    def lift(at: str, tensor: torch.Tensor) -> str:
-        cut = state_cut(tensor, parameter, at) if parameter else cut_of(tensor, at, rank)
-        leaves.add(at, tensor, cut, optimizer.inner)
-        return at
-
-    return lift

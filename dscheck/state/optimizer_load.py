@@ -12,7 +12,7 @@ from dscheck.errors import StateError, StateMismatchError
 from dscheck.manifest.objects import decode_object
 from dscheck.state.memory import References, fresh_state, target_of
 from dscheck.state.objects import decode, from_array, on_device, tensors_in
-from dscheck.state.optimizers import IMPLEMENTATION, NamedOptimizer, Parameter, own_options, state_cut
+from dscheck.state.optimizers import IMPLEMENTATION, NamedOptimizer, Parameter, bare_name, own_options, state_cut
 from dscheck.state.overlap import is_fillable
 from dscheck.state.placements import Cut
 from dscheck.state.saved import Match, shown
@@ -142,7 +142,7 @@ class OptimizerLoad:
 
         Else those stay as they are: on another number of ranks other groups may be without parameters here.
         """
-        name = self.optimizer.bare_name
+        name = bare_name(self.optimizer.name)
         match.used.add(name)
         saved = match.saved.ours.get(name, [])
         if len(saved) == len(self.optimizer.bare) and name not in match.saved.conflicted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,14 +36,15 @@ def _inner(wrapper: Any) -> Optimizer | None:
     return found[0] if len(found) == 1 else None
 
 
-def unwrap(name: str, optimizer: Any) -> Optimizer:
-    """The torch optimizer that does the step and whose hooks work, inside any wrappers.
+def unwrap(name: str, optimizer: Any) -> tuple[Optimizer, list[Any]]:
+    """The torch optimizer that does the step and whose hooks work, and the wrappers that it is in, outermost first.
 
     Raises StateError when a wrapper keeps state of its own, which the inner one does not know, and when no hook works.
     """
-    at = optimizer
+    at, wrappers = optimizer, []
     while (inner := _inner(at)) is not None:
-        _refuse_state_of_its_own(name, at, inner)
+        refuse_state_of_its_own(name, at, inner)
+        wrappers.append(at)
         at = inner
     try:
         at.register_step_pre_hook(_nothing).remove()
@@ -53,14 +54,13 @@ def unwrap(name: str, optimizer: Any) -> Optimizer:
             "it into the state",
             path=name,
         ) from error
-    result: Optimizer = at
-    return result
+    return at, wrappers
 
 
 def _nothing(*_: Any) -> None: ...
 
 
-def _refuse_state_of_its_own(name: str, wrapper: Any, inner: Optimizer) -> None:
+def refuse_state_of_its_own(name: str, wrapper: Any, inner: Optimizer) -> None:
     own = getattr(wrapper, "state", None)
     if own and own is not inner.state and any(key not in inner.state for key in own):
         raise StateError(
@@ -73,6 +73,11 @@ def _refuse_state_of_its_own(name: str, wrapper: Any, inner: Optimizer) -> None:
 def plain_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """What a group says about its step, without its parameters."""
     return {key: value for key, value in group.items() if key not in _NOT_OPTIONS}
+
+
+def bare_name(optimizer: str) -> str:
+    """The object with the options of an optimizer's groups without parameters, in order."""
+    return f"{optimizer}.groups_without_parameters"
 
 
 def own_options(options: Mapping[str, Any]) -> set[str]:
@@ -95,8 +100,10 @@ class NamedOptimizer:
     `parameters` in the order of the groups; `groups` pairs each live group with its parameters.
     """
 
-    def __init__(self, name: str, inner: Optimizer, known: Mapping[int, Parameter], rank: int) -> None:
-        self.name, self.inner = name, inner
+    def __init__(
+        self, name: str, inner: Optimizer, wrappers: Sequence[Any], known: Mapping[int, Parameter], rank: int
+    ) -> None:
+        self.name, self.inner, self.wrappers = name, inner, wrappers
         self.groups: list[tuple[dict[str, Any], list[Parameter]]] = []
         for number, group in enumerate(inner.param_groups):
             names = group.get("param_names")
@@ -156,20 +163,16 @@ class NamedOptimizer:
         """What a value is called in a checkpoint: `<optimizer>.state.<key>.<parameter>`."""
         return f"{self.name}.state.{key}" + (f".{parameter.names[0]}" if parameter else "")
 
+    def plain_state(self) -> Iterator[str]:
+        """The names of all state that is stored as objects."""
+        for key, parameter, value in self.values():
+            if parameter is None or not isinstance(value, torch.Tensor):
+                yield self.state_name(key, parameter)
+
     @property
     def bare(self) -> list[dict[str, Any]]:
         """The live groups that hold no parameter here, so that nothing but their order names their options."""
         return [group for group, members in self.groups if not members]
-
-    @property
-    def bare_name(self) -> str:
-        """The object with the options of `bare`, in order."""
-        return f"{self.name}.groups_without_parameters"
-
-    def options(self) -> Iterator[tuple[dict[str, Any], list[Parameter]]]:
-        """The options of each group, without its parameters, and the parameters that they hold for."""
-        for group, members in self.groups:
-            yield plain_options(group), members
 
 
 def state_cut(value: torch.Tensor, parameter: Parameter, path: str) -> Cut:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,14 +33,24 @@ RESERVED = "dscheck"
 
 @dataclass(slots=True)
 class Survey:
-    """The live state at one moment. `tops` are the names of the mapping; what is `per_rank` is in `objects` as well."""
+    """The live state at one moment. `tops` are the names of the mapping.
+
+    What is `per_rank` is in `objects` as well, and so is the extra state of modules, which `extra` has by its name.
+    """
 
     leaves: Leaves = field(default_factory=Leaves)
     modules: dict[str, nn.Module] = field(default_factory=dict)
     optimizers: list[NamedOptimizer] = field(default_factory=list)
     objects: dict[str, Slot] = field(default_factory=dict)
     per_rank: dict[str, PerRank] = field(default_factory=dict)
+    extra: dict[str, nn.Module] = field(default_factory=dict)
     tops: tuple[str, ...] = ()
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All live tensors that the names and cuts depend on: the state's, and parameters known to optimizers only."""
+        yield from self.leaves.tensors()
+        for optimizer in self.optimizers:
+            yield from (parameter.tensor for parameter in optimizer.parameters)
 
 
 def survey(mapping: Mapping[str, Any], rank: int) -> Survey:
@@ -66,7 +76,7 @@ class _Walk:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._found = Survey()
-        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._optimizers: dict[str, tuple[torch.optim.Optimizer, list[Any]]] = {}
         self._open: set[int] = set()
 
     def visit(self, name: str, value: Any, put: Put | None) -> None:
@@ -80,7 +90,7 @@ class _Walk:
             self._optimizers[name] = unwrap(name, value)
         elif isinstance(value, torch.Tensor):
             self._found.leaves.add(name, value, cut_of(value, name, self._rank))
-        elif _holds_more_than_data(value):
+        elif holds_more_than_data(value):
             self._container(name, value)
         else:
             self._object(slot_of(name, value, put))
@@ -89,8 +99,8 @@ class _Walk:
         """Optimizers come last: their parameters may lie anywhere in the mapping."""
         leaves = self._found.leaves
         known = leaves.parameters()
-        for name, inner in self._optimizers.items():
-            optimizer = NamedOptimizer(name, inner, known, self._rank)
+        for name, (inner, wrappers) in self._optimizers.items():
+            optimizer = NamedOptimizer(name, inner, wrappers, known, self._rank)
             for parameter in optimizer.parameters:
                 leaves.own(parameter.tensor, inner)
             self._found.optimizers.append(optimizer)
@@ -104,6 +114,7 @@ class _Walk:
             self._found.leaves.add(entry.name, entry.tensor, entry.cut, owned=entry.owned)
         for path, (child, value) in state.extra.items():
             write = partial(called, path, f"{type(child).__name__}.set_extra_state()", child.set_extra_state)
+            self._found.extra[path] = child
             self._object(Slot(path, partial(_given, value), write))
 
     def _per_rank(self, name: str, box: PerRank) -> None:
@@ -137,11 +148,11 @@ def _given(value: Any) -> Any:
     return value
 
 
-def _holds_more_than_data(value: Any, depth: int = 0) -> bool:
+def holds_more_than_data(value: Any, depth: int = 0) -> bool:
     """Whether a container has something inside that stands for itself: a tensor, a module, a loader."""
     if not isinstance(value, Mapping | list | tuple) or is_stateful(value):
         return depth > 0 and (isinstance(value, _STANDING_ALONE) or is_stateful(value) or is_optimizer(value))
     if depth > 100:
         return False
     items = value.values() if isinstance(value, Mapping) else value
-    return any(_holds_more_than_data(item, depth + 1) for item in items)
+    return any(holds_more_than_data(item, depth + 1) for item in items)

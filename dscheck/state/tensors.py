@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,6 +42,16 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
     if kind is torch.Tensor or kind is torch.nn.Parameter or isinstance(tensor, DTensor):
         return False
     return is_traceable_wrapper_subclass(tensor) and not tensor.is_nested
+
+
+def plain_locals(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The tensors with bytes of their own that a tensor consists of on this rank: one, or those inside a wrapper."""
+    local: Any = local_of(tensor)
+    if not is_wrapper(local):
+        yield local
+        return
+    for name in local.__tensor_flatten__()[0]:
+        yield from plain_locals(getattr(local, name))
 
 
 def refuse_unstorable(tensor: torch.Tensor, path: str) -> None:
