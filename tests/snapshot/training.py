@@ -136,7 +136,7 @@ def momentum(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def compiled(device: str) -> Job:
-    """A compiled model and a compiled optimizer step; by a backend that generates code where that does not take long."""
+    """A compiled model and a compiled optimizer step, on a device by a backend that generates code."""
     backend = "inductor" if device == "cuda" else "aot_eager"
     model = torch.compile(layers().to(device), backend=backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=True)
