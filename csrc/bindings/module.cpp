@@ -1,10 +1,12 @@
 #include <nanobind/nanobind.h>
 
+#include "bindings/copier.h"
 #include "bindings/crc32c.h"
 #include "bindings/identity.h"
 #include "bindings/memory.h"
 
 NB_MODULE(_core, module) {
+  dscheck::bind_copier(module);
   dscheck::bind_crc32c(module);
   dscheck::bind_identity(module);
   dscheck::bind_memory(module);

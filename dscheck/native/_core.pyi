@@ -90,3 +90,92 @@ class Memory:
 
     def is_like(self, other: Memory) -> bool:
         """Whether both are as many tensors of equal shapes, dtypes, devices and strides, in this order."""
+
+HOST: int
+FROZEN: int
+VOLATILE: int
+PRIVATE: int
+
+class CaptureShape:
+    """What a plan fixes of a capture: bytes and device (HOST or an index) of each piece, small tensor and watched
+    region; `small_targets`: byte offsets in the slab, multiples of 16. `check`: hash everything as well.
+    """
+
+    def __init__(
+        self,
+        piece_bytes: NDArray[np.uint64],
+        piece_devices: NDArray[np.int32],
+        small_bytes: NDArray[np.uint64],
+        small_devices: NDArray[np.int32],
+        small_targets: NDArray[np.uint64],
+        watched_bytes: NDArray[np.uint64],
+        watched_devices: NDArray[np.int32],
+        check: bool,
+    ) -> None: ...
+
+class NativeCapture:
+    """One capture of a Copier."""
+
+    captured_s: float
+    """When all was on the host and compared, in seconds of time.monotonic(); 0: not yet."""
+    stalled_s: float
+    """Seconds that fences held up the training streams; known once it is released."""
+    placed: int
+    """How many pieces have a place in the region."""
+
+class Copier:
+    """Copies pieces of live memory into one page-locked region in native threads: csrc/core/copier.h says all.
+
+    Deadlines are seconds of time.monotonic(). `device_budget`: bytes of spill memory a device, None: what is free, less
+    a reserve. Raises RuntimeError with the driver's words, MemoryError, and ValueError for arrays of a wrong length.
+    """
+
+    asked: int
+    usable: int
+    page_locked: bool
+    prepared_s: float
+    def __init__(self, host_threads: int, device_budget: int | None) -> None: ...
+    def prepare(self, host_bytes: int, devices: list[int], spill_bytes: int) -> None: ...
+    def take(
+        self,
+        shape: CaptureShape,
+        pieces: NDArray[np.uint64],
+        owners: NDArray[np.int32],
+        smalls: NDArray[np.uint64],
+        watched: NDArray[np.uint64],
+        streams: list[tuple[int, int]],
+        window_hint_s: float,
+    ) -> NativeCapture: ...
+    def fence(self, capture: NativeCapture, owner: int, streams: list[tuple[int, int]], deadline_s: float) -> bool: ...
+    def fail(self, capture: NativeCapture, why: str) -> None: ...
+    def wait(self, capture: NativeCapture, deadline_s: float) -> bool: ...
+    def await_slab(self, capture: NativeCapture, deadline_s: float) -> bool: ...
+    def await_piece(self, capture: NativeCapture, index: int, deadline_s: float) -> bool: ...
+    def free_piece(self, capture: NativeCapture, index: int) -> None: ...
+    def release(self, capture: NativeCapture, deadline_s: float) -> bool: ...
+    def piece(self, capture: NativeCapture, index: int) -> NDArray[np.uint8]: ...
+    def slab(self, capture: NativeCapture, offset: int, nbytes: int) -> NDArray[np.uint8]: ...
+    def failure(self, capture: NativeCapture) -> str: ...
+    def torn(self, capture: NativeCapture) -> int | None: ...
+    def pending(self, capture: NativeCapture) -> int | None: ...
+    def has_room(self, nbytes: int) -> bool: ...
+    def rate_and_window(self, device: int) -> tuple[float, float]: ...
+    def spill_bytes(self, device: int) -> int: ...
+
+def watched_sample(capture: NativeCapture, index: int) -> bytes:
+    """The 256 bytes of watched region `index`."""
+
+def piece_sample(capture: NativeCapture, index: int) -> bytes:
+    """The 256 bytes of piece `index` as of take()."""
+
+def matches(capture: NativeCapture, index: int, data: NDArray[np.uint8]) -> bool:
+    """Whether `data` has the hash that take() made of entry `index`: pieces first, then small tensors."""
+
+def times(capture: NativeCapture) -> list[tuple[int, bool, int, float, float]]:
+    """Of each piece: device, whether it was spilled, bytes, and when its copy began and ended (0: not yet)."""
+
+def sample(data: NDArray[np.uint8]) -> bytes:
+    """256 bytes of `data`: the first 64, 32 inner words of 4, the last 64; zeros behind what is shorter."""
+
+def has_cuda_driver() -> bool:
+    """Whether a CUDA driver and a device were found."""

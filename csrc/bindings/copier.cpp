@@ -1,0 +1,205 @@
+#include "bindings/copier.h"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "core/copier.h"
+#include "core/sample.h"
+
+namespace nb = nanobind;
+
+namespace dscheck {
+namespace {
+
+template <typename T>
+using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Bytes = nb::ndarray<nb::numpy, std::uint8_t, nb::ndim<1>>;
+using Handles = std::vector<std::pair<std::int32_t, std::uint64_t>>;
+using Handle = std::shared_ptr<Capture>;
+
+template <typename T>
+std::span<const T> span_of(const Array<T>& array, std::size_t expected, const char* name) {
+  if (array.size() != expected) {
+    const std::string found = std::to_string(array.size()), wanted = std::to_string(expected);
+    throw nb::value_error((std::string(name) + ": expected " + wanted + " entries, got " + found).c_str());
+  }
+  return {array.data(), array.size()};
+}
+
+std::vector<PieceSpec> specs_of(const Array<std::uint64_t>& bytes, const Array<std::int32_t>& devices) {
+  const auto on = span_of(devices, bytes.size(), "devices");
+  std::vector<PieceSpec> specs;
+  for (std::size_t i = 0; i < bytes.size(); ++i) specs.push_back({bytes.data()[i], on[i]});
+  return specs;
+}
+
+Clock::time_point at(double seconds) {
+  return Clock::time_point(std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds)));
+}
+
+Streams streams_of(const Handles& handles) {
+  Streams streams;
+  for (const auto& [device, handle] : handles) streams.emplace_back(device, reinterpret_cast<cuda::Stream>(handle));
+  return streams;
+}
+
+std::shared_ptr<CaptureShape> make_shape(const Array<std::uint64_t>& piece_bytes,
+                                         const Array<std::int32_t>& piece_devices,
+                                         const Array<std::uint64_t>& small_bytes,
+                                         const Array<std::int32_t>& small_devices,
+                                         const Array<std::uint64_t>& small_targets,
+                                         const Array<std::uint64_t>& watched_bytes,
+                                         const Array<std::int32_t>& watched_devices, bool check) {
+  auto shape = std::make_shared<CaptureShape>();
+  shape->pieces = specs_of(piece_bytes, piece_devices);
+  shape->smalls = specs_of(small_bytes, small_devices);
+  shape->watched = specs_of(watched_bytes, watched_devices);
+  const auto targets = span_of(small_targets, small_bytes.size(), "small_targets");
+  shape->targets.assign(targets.begin(), targets.end());
+  shape->arrange(check);
+  return shape;
+}
+
+Handle take(Copier& copier, std::shared_ptr<CaptureShape> shape, const Array<std::uint64_t>& pieces,
+            const Array<std::int32_t>& owners, const Array<std::uint64_t>& smalls, const Array<std::uint64_t>& watched,
+            const Handles& streams, double window_hint_s) {
+  const Live live{span_of(pieces, shape->pieces.size(), "pieces"), span_of(owners, shape->pieces.size(), "owners"),
+                  span_of(smalls, shape->smalls.size(), "smalls"), span_of(watched, shape->watched.size(), "watched")};
+  return copier.take(shape, live, streams_of(streams), window_hint_s);
+}
+
+// Most fences only enqueue, in microseconds: the GIL is let go of only where one has to wait.
+bool fence(Copier& copier, const Handle& capture, std::int32_t owner, const Handles& handles, double deadline_s) {
+  const Streams streams = streams_of(handles);
+  Copier::Fenced fenced = copier.fence(*capture, owner, streams, at(deadline_s), false);
+  if (fenced == Copier::Fenced::kWouldWait) {
+    const nb::gil_scoped_release released;
+    fenced = copier.fence(*capture, owner, streams, at(deadline_s), true);
+  }
+  return fenced == Copier::Fenced::kDone;
+}
+
+template <auto kMethod>
+bool waiting(Copier& copier, const Handle& capture, double deadline_s) {
+  const nb::gil_scoped_release released;
+  return (copier.*kMethod)(*capture, at(deadline_s));
+}
+
+bool await_piece(Copier& copier, const Handle& capture, std::size_t index, double deadline_s) {
+  const nb::gil_scoped_release released;
+  return copier.await_piece(*capture, index, at(deadline_s));
+}
+
+// Memory of the copier's own: `self` stays alive as long as the array does.
+Bytes view(nb::handle self, std::byte* data, std::size_t bytes) {
+  return Bytes(reinterpret_cast<std::uint8_t*>(data), {bytes}, self);
+}
+
+Bytes piece(nb::handle self, const Handle& capture, std::size_t index) {
+  const Copier& copier = *nb::inst_ptr<Copier>(self);
+  const Piece& of = capture->pieces.at(index);
+  return view(self, copier.region().data() + of.slot, of.bytes);
+}
+
+Bytes slab(nb::handle self, const Handle& capture, std::size_t offset, std::size_t bytes) {
+  if (offset + bytes > capture->shape->slab_bytes) throw nb::value_error("outside the slab");
+  return view(self, capture->slab.data + offset, bytes);
+}
+
+nb::bytes watched(const Handle& capture, std::size_t index) {
+  return nb::bytes(capture->sample(capture->shape->watched_at, index), kSampleBytes);
+}
+
+nb::bytes piece_sample(const Handle& capture, std::size_t index) {
+  return nb::bytes(capture->sample(capture->shape->before_at, index), kSampleBytes);
+}
+
+// Whether bytes as they are stored have the hash that was taken of entry `index` (pieces, then small ones) at save().
+bool matches(const Handle& capture, std::size_t index, const Array<std::uint8_t>& data) {
+  const nb::gil_scoped_release released;
+  const auto* const parts =
+      reinterpret_cast<const std::uint64_t*>(capture->slab.data + capture->shape->hashes_at) + index * kHashRows;
+  std::uint64_t sum = 0;
+  for (unsigned row = 0; row < kHashRows; ++row) sum += parts[row];
+  return sum == hash_words(reinterpret_cast<const std::byte*>(data.data()), data.size());
+}
+
+using Time = std::tuple<std::int32_t, bool, std::uint64_t, double, double>;
+
+std::vector<Time> times(const Handle& capture) {
+  std::vector<Time> found;
+  for (const Piece& of : capture->pieces) found.emplace_back(of.device, of.spilled, of.bytes, of.began_s, of.ended_s);
+  return found;
+}
+
+nb::bytes sample(const Array<std::uint8_t>& data) {
+  std::byte out[kSampleBytes];
+  take_sample(reinterpret_cast<const std::byte*>(data.data()), data.size(), out);
+  return nb::bytes(out, kSampleBytes);
+}
+
+}  // namespace
+
+void bind_copier(nb::module_& module) {
+  using namespace nb::literals;
+  nb::class_<CaptureShape>(module, "CaptureShape")
+      .def(nb::new_(&make_shape), "piece_bytes"_a, "piece_devices"_a, "small_bytes"_a, "small_devices"_a,
+           "small_targets"_a, "watched_bytes"_a, "watched_devices"_a, "check"_a);
+  nb::class_<Capture>(module, "NativeCapture")
+      .def_ro("captured_s", &Capture::captured_s)
+      .def_ro("placed", &Capture::placed)
+      .def_ro("stalled_s", &Capture::stalled_s);
+  nb::class_<Copier>(module, "Copier")
+      .def(
+          "__init__",
+          [](Copier* self, std::size_t host_threads, std::optional<std::size_t> device_budget) {
+            new (self) Copier({host_threads, device_budget.value_or(Spill::kAuto)});
+          },
+          "host_threads"_a, "device_budget"_a.none())
+      .def("prepare", &Copier::prepare, "host_bytes"_a, "devices"_a, "spill_bytes"_a)
+      .def("take", &take, "shape"_a, "pieces"_a, "owners"_a, "smalls"_a, "watched"_a, "streams"_a, "window_hint_s"_a)
+      .def("fence", &fence, "capture"_a, "owner"_a, "streams"_a, "deadline_s"_a)
+      .def("fail", [](Copier& copier, const Handle& capture, const std::string& why) { copier.fail(*capture, why); })
+      .def("wait", &waiting<&Copier::wait>, "capture"_a, "deadline_s"_a)
+      .def("await_slab", &waiting<&Copier::await_slab>, "capture"_a, "deadline_s"_a)
+      .def("release", &waiting<&Copier::release>, "capture"_a, "deadline_s"_a)
+      .def("await_piece", &await_piece, "capture"_a, "index"_a, "deadline_s"_a)
+      .def("free_piece", [](Copier& copier, const Handle& capture, std::size_t i) { copier.free_piece(*capture, i); })
+      .def("piece", &piece, "capture"_a, "index"_a)
+      .def("slab", &slab, "capture"_a, "offset"_a, "nbytes"_a)
+      .def("failure", [](const Copier& copier, const Handle& capture) { return copier.failure(*capture); })
+      .def("torn", [](const Copier& copier, const Handle& capture) { return copier.torn(*capture); })
+      .def("pending", [](const Copier& copier, const Handle& capture) { return copier.pending(*capture); })
+      .def("has_room", &Copier::has_room, "nbytes"_a)
+      .def("rate_and_window", &Copier::rate_and_window, "device"_a)
+      .def("spill_bytes", &Copier::spill_bytes, "device"_a)
+      .def_prop_ro("asked", [](const Copier& copier) { return copier.region().asked(); })
+      .def_prop_ro("usable", [](const Copier& copier) { return copier.region().usable(); })
+      .def_prop_ro("page_locked", [](const Copier& copier) { return copier.region().page_locked(); })
+      .def_prop_ro("prepared_s", [](const Copier& copier) { return copier.region().prepared_s(); });
+  module.def("watched_sample", &watched);
+  module.def("piece_sample", &piece_sample);
+  module.def("matches", &matches);
+  module.def("times", &times);
+  module.def("sample", &sample, "data"_a);
+  module.def("has_cuda_driver", [] { return cuda::driver() != nullptr; });
+  module.attr("HOST") = kHost;
+  module.attr("FROZEN") = kFrozen;
+  module.attr("VOLATILE") = kVolatile;
+  module.attr("PRIVATE") = kPrivate;
+}
+
+}  // namespace dscheck

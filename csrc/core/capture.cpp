@@ -1,0 +1,43 @@
+#include "core/capture.h"
+
+#include <algorithm>
+#include <set>
+#include <utility>
+
+#include "core/ring.h"
+#include "core/sample.h"
+
+namespace dscheck {
+
+constexpr std::size_t kHashBytes = kHashRows * 8;
+
+void CaptureShape::arrange(bool check_all) {
+  check = check_all;
+  smalls_bytes = 0;
+  for (std::size_t i = 0; i < smalls.size(); ++i) {
+    smalls_bytes = std::max<std::size_t>(smalls_bytes, targets[i] + smalls[i].bytes);
+  }
+  std::set<std::int32_t> found;
+  for (const auto* specs : {&pieces, &smalls, &watched}) {
+    for (const PieceSpec& spec : *specs) {
+      if (spec.device != kHost) found.insert(spec.device);
+    }
+  }
+  devices.assign(found.begin(), found.end());
+  const std::size_t samples = pieces.size() * kSampleBytes;
+  std::size_t at = align_up(smalls_bytes, kSampleBytes);
+  const auto next = [&at](std::size_t bytes) { return std::exchange(at, at + align_up(bytes, kSampleBytes)); };
+  before_at = next(samples);
+  after_at = next(samples);
+  captured_at = next(samples);
+  watched_at = next(watched.size() * kSampleBytes);
+  tables_at = next((pieces.size() + 2 * smalls.size() + watched.size()) * sizeof(Entry));
+  hashes_at = next(check ? (pieces.size() + smalls.size()) * kHashBytes : 0);
+  slab_bytes = at;
+}
+
+std::byte* Capture::sample(std::size_t at, std::size_t index) const noexcept {
+  return slab.data + at + index * kSampleBytes;
+}
+
+}  // namespace dscheck

@@ -1,0 +1,135 @@
+// Copies captures to host memory in the background, and answers fences: the engine of dscheck.snapshot.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "core/capture.h"
+#include "core/region.h"
+#include "core/ring.h"
+#include "core/spill.h"
+
+namespace dscheck {
+
+using Clock = std::chrono::steady_clock;  // CLOCK_MONOTONIC, as Python's time.monotonic()
+
+// The training streams of the calling thread, one a device.
+using Streams = std::vector<std::pair<std::int32_t, cuda::Stream>>;
+
+// What one take() captures: live addresses as of now, in the order of the shape, and who holds each piece back.
+struct Live {
+  std::span<const std::uint64_t> pieces;
+  std::span<const std::int32_t> owners;
+  std::span<const std::uint64_t> smalls;
+  std::span<const std::uint64_t> watched;
+};
+
+struct CopierSettings {
+  std::size_t host_threads = 4;
+  std::size_t device_budget = Spill::kAuto;
+};
+
+// One device: its streams, its spill memory, the thread that feeds its copy engine.
+struct Lane;
+
+// All methods may be called from any thread; no method needs Python. Pieces get their place in the region in the order
+// of consumption, whatever is copied first, so that a region smaller than a capture never fills up with pieces that
+// the consumer is not waiting for. Errors of the driver fail the capture they happen in.
+class Copier {
+ public:
+  explicit Copier(const CopierSettings& settings);
+  ~Copier();
+  Copier(const Copier&) = delete;
+  Copier& operator=(const Copier&) = delete;
+
+  // Get `host_bytes` of region ready, page-locked when `devices` is not empty, and up to `spill_bytes` on each device.
+  void prepare(std::size_t host_bytes, const std::vector<std::int32_t>& devices, std::size_t spill_bytes);
+
+  // Captures `live` as of all that the streams hold. Returns once it may change as its owners allow.
+  // Throws cuda::Error or std::bad_alloc, and then nothing is under way.
+  std::shared_ptr<Capture> take(std::shared_ptr<const CaptureShape> shape, const Live& live, const Streams& streams,
+                                double window_hint_s);
+
+  // Everything of `owner` (kFrozen: of all) is copied, or enqueued ahead of the streams. With `may_wait` false it gives
+  // up where the CPU would have to wait.
+  enum class Fenced { kDone, kWouldWait, kTooLate };
+  Fenced fence(Capture& capture, std::int32_t owner, const Streams& streams, Clock::time_point deadline, bool may_wait);
+
+  void fail(Capture& capture, const std::string& reason);
+
+  // Waits until all is copied and proved, it failed, or the deadline: false.
+  bool wait(Capture& capture, Clock::time_point deadline);
+
+  // Waits for one piece. Its bytes lie in the region at the piece's slot. False: failed, or past the deadline.
+  bool await_piece(Capture& capture, std::size_t index, Clock::time_point deadline);
+
+  // Waits until small tensors and samples are in the slab.
+  bool await_slab(Capture& capture, Clock::time_point deadline);
+
+  void free_piece(Capture& capture, std::size_t index);
+
+  // Nothing touches the capture's memory any more and its room is free; false when a copy does not end in time.
+  bool release(Capture& capture, Clock::time_point deadline);
+
+  // Whether a capture of these pieces would find its places now.
+  bool has_room(std::size_t bytes) const;
+
+  // The first piece that is not captured yet, for messages.
+  std::optional<std::size_t> pending(const Capture& capture) const;
+
+  // What fail() was given, or the driver's error; the piece that was seen to have changed.
+  std::string failure(const Capture& capture) const;
+  std::optional<std::size_t> torn(const Capture& capture) const;
+
+  std::pair<double, double> rate_and_window(std::int32_t device) const;  // bytes and seconds; 0: not known yet
+  std::size_t spill_bytes(std::int32_t device) const;
+  const Region& region() const noexcept { return region_; }
+
+ private:
+  friend struct Lane;
+
+  Lane& lane(std::int32_t device);
+  Slab take_slab(std::size_t bytes, const std::vector<std::int32_t>& devices);
+  void begin_on(Capture& capture, OnDevice& on, const Live& live, cuda::Stream stream);
+  void order_by_owner(Capture& capture, OnDevice& on);
+  void begin_on_host(Capture& capture, const Live& live);
+  void choose_spill(Capture& capture, OnDevice& on, double window_hint_s);
+  bool spill(OnDevice& on, Piece& piece);
+  void place();
+  bool advance(Capture& capture, std::int32_t owner, std::unique_lock<std::mutex>& lock);
+  void hold_back(Capture& capture, std::int32_t owner, const Streams& streams);
+  void seal(Capture& capture, OnDevice& on, std::int32_t owner, cuda::Stream stream);
+  void settle(Capture& capture);
+  bool captured(const Capture& capture) const;
+  void refuse(Capture& capture, std::string reason);
+  void copy_on_host(const std::shared_ptr<Capture>& capture, std::size_t index, std::unique_lock<std::mutex>& lock);
+  std::optional<std::pair<std::shared_ptr<Capture>, std::size_t>> next_on_host();
+  void work_on_host();
+  bool quiet(const Capture& capture, std::unique_lock<std::mutex>& lock, Clock::time_point deadline);
+  void discard(Capture& capture);
+  void forget(Capture& capture);
+
+  const CopierSettings settings_;
+  mutable std::mutex mutex_;
+  std::condition_variable changed_;
+  bool stop_ = false;
+  Ring ring_;
+  Region region_;
+  std::deque<std::shared_ptr<Capture>> captures_;  // the oldest first
+  std::vector<std::unique_ptr<Lane>> lanes_;
+  std::vector<Slab> slabs_;
+  std::vector<std::thread> host_threads_;
+};
+
+}  // namespace dscheck
