@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from dscheck.state.tensors import is_wrapper
 
 _HELD = (torch.Tensor, Sharded, nn.Module)
 _ANYTHING, _NONE = Anything(), Kind(type(None))
-_COMPARED = (bool, int, float, str, tuple, torch.dtype, torch.device)
+_COMPARED = (bool, int, float, str, torch.dtype, torch.device, torch.layout)
 
 
 def watched(owner: Any, mapping: Mapping[str, Any], found: Survey) -> list[Standing] | None:
@@ -168,10 +169,28 @@ def _inside(tensor: Any) -> Iterator[Standing]:
         yield Standing(tensor, {"_local_tensor": Same(tensor._local_tensor), "_spec": Same(tensor._spec)})
         yield from _inside(tensor._local_tensor)
     elif is_wrapper(tensor):
-        yield Standing(tensor, {"__dict__": Entries(tensor.__dict__, list(map(_metadata, tensor.__dict__.values())))})
+        members = tensor.__dict__
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _inside(getattr(tensor, name))
+            if getattr(tensor, name) is not members.get(name):
+                raise TypeError(f"'{name}' of a {type(tensor).__name__} is kept elsewhere than in its __dict__")
+            yield from _inside(members[name])
+        yield Standing(tensor, {"__dict__": Entries(members, list(map(_metadata, members.values())))})
 
 
 def _metadata(value: Any) -> Node:
-    return Equal(value) if value is None or isinstance(value, _COMPARED) else Same(value)
+    """An attribute of a wrapper. Raises TypeError for one that could change in place without being seen."""
+    if value is None:
+        return _NONE
+    if _is_compared(value):
+        return Equal(copy.deepcopy(value))
+    if isinstance(value, torch.Tensor | type | enum.Enum):
+        return Same(value)
+    raise TypeError(f"a {type(value).__name__} cannot be watched")
+
+
+def _is_compared(value: Any) -> bool:
+    if type(value) is dict:
+        return all(map(_is_compared, (*value, *value.values())))
+    if type(value) in (list, tuple, torch.Size):
+        return all(map(_is_compared, value))
+    return value is None or isinstance(value, _COMPARED)

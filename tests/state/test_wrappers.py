@@ -180,12 +180,28 @@ def test_an_inner_tensor_that_was_replaced_is_saved_as_it_is_now() -> None:
     assert live.flatten().locals[0] is weight.codes
 
 
-def test_metadata_that_has_changed_is_saved_as_it_is_now() -> None:
-    weight = coded(4, 8)
+CODES: dict[int, torch.Tensor] = {}
+
+
+class Apart(Coded):
+    """Keeps its codes outside itself."""
+
+    @property
+    def codes(self) -> torch.Tensor:  # type: ignore[override]
+        return CODES[id(self)]
+
+    @codes.setter
+    def codes(self, value: torch.Tensor) -> None:
+        CODES[id(self)] = value
+
+
+def test_an_inner_tensor_that_is_kept_elsewhere_is_saved_as_it_is_now() -> None:
+    one = coded(4, 8)
+    weight = Apart(one.codes, one.scale, one.meta)
     live = LiveState({"x": weight}, rank=0, world=1, rng=False)
     live.flatten()
-    weight.meta = (False, torch.bfloat16)
-    assert live.flatten().ours["x"]["dscheck.wrapper"]["metadata"] == [False, "torch.bfloat16"]
+    weight.codes = torch.zeros(4, 8, dtype=torch.uint8)
+    assert live.flatten().locals[0] is weight.codes
 
 
 class Mode(enum.Enum):
@@ -197,6 +213,26 @@ class Recipe:
     mode: Mode
     sizes: tuple[int, ...]
     device: torch.device
+
+
+@pytest.mark.parametrize(
+    ("metadata", "change", "expected"),
+    [
+        ([1, 32], lambda weight: weight.meta.append(4), [1, 32, 4]),
+        ((True,), lambda weight: setattr(weight, "meta", (False,)), [False]),
+        (Recipe(Mode.ROWS, (1,), torch.device("cpu")), lambda weight: setattr(weight.meta, "sizes", ()), []),
+    ],
+    ids=["list", "tuple", "dataclass"],
+)
+def test_metadata_that_has_changed_is_saved_as_it_is_now(
+    metadata: Any, change: Callable[[Coded], None], expected: Any
+) -> None:
+    weight = coded(4, 8, meta=metadata)
+    live = LiveState({"x": weight}, rank=0, world=1, rng=False)
+    live.flatten()
+    change(weight)
+    stored = live.flatten().ours["x"]["dscheck.wrapper"]["metadata"]
+    assert (stored["sizes"] if isinstance(stored, dict) else stored) == expected
 
 
 def test_plain_metadata_of_any_shape_is_stored_without_its_device() -> None:
