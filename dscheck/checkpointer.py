@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import platform
 import time
@@ -17,8 +19,8 @@ from dscheck.config import Settings
 from dscheck.errors import (
     CheckpointExistsError,
     ConfigError,
+    DscheckError,
     RankFailureError,
-    SaveSkippedError,
     UnusableStateError,
 )
 from dscheck.load.loader import Decision, Loader, Request
@@ -28,11 +30,15 @@ from dscheck.ranks import open_ranks
 from dscheck.ranks.base import Ranks
 from dscheck.save.coordinator import Lineage
 from dscheck.save.handle import SaveHandle, SaveStats
+from dscheck.save.ledger import Ledger
 from dscheck.save.saver import Saver
 from dscheck.snapshot import Fences
 from dscheck.state import LiveState
+from dscheck.state.leaf import FlatState, TensorLeaf
 from dscheck.storage import open_storage
 from dscheck.storage.base import Storage
+
+log = logging.getLogger("dscheck")
 
 __all__ = ["Checkpointer", "LoadReport", "SaveHandle", "SaveStats"]
 
@@ -45,8 +51,8 @@ class Checkpointer:
     every save, written back in place by load. Settings: see `dscheck.config.Settings`. `ranks` replaces the ranks of
     the default process group, for tests.
 
-    Construction and `load` are collective, on the main thread; `save` is called on all ranks with the same steps, and
-    never waits for another rank. Leaving `with` cleanly waits for the last save; by an exception it tells the other
+    Construction and `load` are collective, on the main thread; `save` is called on all ranks with the same steps.
+    Several saves may be under way. Leaving `with` cleanly waits for all of them; by an exception it tells the other
     ranks and does not wait. Raises ConfigError, StorageError and what reading a damaged root raises.
     """
 
@@ -71,14 +77,15 @@ class Checkpointer:
         self._unusable: str | None = None
         self._mixed: frozenset[str] | None = frozenset()
         """What a load that failed half way was to load: these names, or None for all."""
-        self._last_step: int | None = None
-        self._last_handle: SaveHandle | None = None
+        self._ledger = Ledger()
+        self._watched: list[TensorLeaf] | None = None
         self._closed = False
         self.loaded: LoadReport | None = None
         try:
             self._live = LiveState(state, rank=self._ranks.rank, world=self._ranks.size, rng=self.settings.rng)
             self._saver = Saver(self.storage, self._ranks, self.settings, self._fences, _versions())
             self._start()
+            self._watch_early()
         except BaseException:
             self._fences.remove()
             self._ranks.close()
@@ -100,26 +107,21 @@ class Checkpointer:
         CheckpointExistsError, UnusableStateError; with `on_failure="raise"` also the error of the last save. Any later
         fault shows on the handle and in a warning, and leaves the last committed step as it was (C8).
         """
+        began = time.monotonic()
         self._refuse_closed("save")
+        self._saver.tidy()
         if self._saver.superseded is not None:
-            return self._saver.decline(step, self._handle(step), self._saver.superseded)
-        if self.settings.when_busy == "skip" and self._saver.busy():
-            return self._saver.skip(step, self._handle(step))
-        began = time.perf_counter()
-        self._saver.drain()
-        drained = time.perf_counter()
-        handle = self._handle(step)
+            return self._saver.decline(step, self._saver.superseded)
         try:
             self._check_step(step)
-            self._raise_last()
+            self._raise_untold()
             flat = self._live.flatten()
+            self._watch(flat)
         except Exception as error:
             self._saver.refuse(step, error)
             raise
-        self._fences.watch((), _modules(self.state))
-        self._last_handle = self._saver.save(step, flat, handle)
-        call_s = time.perf_counter() - drained - handle.stats.stall_s["host_memory"]
-        handle.stats.stall_s |= {"storage": drained - began, "call": call_s}
+        handle = self._saver.save(step, flat, began)
+        self._ledger.add(handle)
         return handle
 
     def load(
@@ -160,7 +162,7 @@ class Checkpointer:
             raise
         if request.only is None or (self._mixed is not None and self._mixed <= {*request.only}):
             self._unusable, self._mixed = None, frozenset()
-        self._last_step, self._last_handle = decision.record.step, None
+        self._ledger.restart(decision.record.step)
         self._saver.continue_from(_lineage(decision, (decision.record.term, decision.record.step)))
         return decision.record.step
 
@@ -190,7 +192,7 @@ class Checkpointer:
         self._fences.remove()
         self._ranks.close()
         if not abort:
-            self._raise_last()
+            self._raise_untold()
 
     def _refuse_loads(self) -> None:
         """No rank waits in its next load for this one, which has left."""
@@ -204,29 +206,45 @@ class Checkpointer:
         self._has_commits = seen.record is not None
         self._saver.continue_from(_lineage(seen, None))
 
-    def _handle(self, step: int) -> SaveHandle:
-        return SaveHandle(step, self.settings.timeout_s)
+    def _watch(self, flat: FlatState) -> None:
+        """Fence what steps and loads the state; only a state of new structure has something new to watch."""
+        if flat.tensors is not self._watched:
+            self._fences.watch({leaf.owner for leaf in flat.tensors if leaf.owner is not None}, _modules(self.state))
+            self._watched = flat.tensors
+        else:  # a module may have given way to its like
+            self._fences.watch((), [value for value in self.state.values() if isinstance(value, torch.nn.Module)])
+
+    def _watch_early(self) -> None:
+        """Hear of the first steps, so that memory is ready before the first save."""
+        with contextlib.suppress(DscheckError):  # what is wrong with the state, save() says
+            self._fences.watch([found.inner for found in self._live.survey().optimizers], _modules(self.state))
+        self._fences.on_first_steps(self._prepare)
+
+    def _prepare(self) -> None:
+        """Every optimizer has stepped: the state has its shape, and the memory to capture it can be made ready."""
+        try:
+            flat = self._live.flatten()
+            self._watch(flat)
+            self._saver.prepare(flat)
+        except Exception as error:
+            log.debug("the first save will prepare itself: %s", error)  # and says there what is wrong
 
     def _check_step(self, step: int) -> None:
         _check_number(step)
         if self._unusable is not None:
             raise UnusableStateError(f"{self._unusable}. The live state is a mixture: load a step before saving")
-        if self._last_handle is not None and self._last_handle.error is None and self._last_handle.done:
-            self._last_step = self._last_handle.step
-        if self._last_step is not None and step <= self._last_step:
-            raise ConfigError(f"step {step} does not exceed step {self._last_step}, the last one loaded or saved")
-        if self._has_commits and self.loaded is None and self._last_step is None and not self.settings.fresh:
+        self._ledger.settle()
+        self._ledger.check(step)
+        if self._has_commits and self.loaded is None and self._ledger.newest is None and not self.settings.fresh:
             raise CheckpointExistsError(
                 f"{self.storage.url} has committed steps and this job has loaded none of them: call load() first, "
                 "choose another root, or pass fresh=True to start a new history there"
             )
 
-    def _raise_last(self) -> None:
-        handle, error = self._last_handle, self._last_handle.error if self._last_handle else None
-        if handle is not None and error is not None and self.settings.on_failure == "raise":
-            self._last_handle = None
-            if not isinstance(error, SaveSkippedError):
-                raise error
+    def _raise_untold(self) -> None:
+        self._ledger.settle()
+        if self.settings.on_failure == "raise":
+            self._ledger.raise_untold()
 
     def _refuse_closed(self, call: str) -> None:
         if self._closed:

@@ -2,102 +2,60 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from dscheck.errors import TornSnapshotError
 from dscheck.layout.region import Region
+from dscheck.manifest.bundle import Options
 from dscheck.manifest.objects import encode_objects
-from dscheck.save.claims import Claim, Exceptions, RankClaims, share_of
-from dscheck.save.coordinator import Coordinator, watch
+from dscheck.save.coordinator import Coordinator
 from dscheck.save.handle import SaveHandle
-from dscheck.save.write import Objects
-from dscheck.snapshot import Capture, Fences, Source, bits, sample
+from dscheck.save.shares import Box, Shares
+from dscheck.save.trace import Trace
+from dscheck.save.write import Chunk, Objects
+from dscheck.snapshot import Capture, Fences, Span
 from dscheck.state.leaf import FlatState
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """One region that this rank holds, and the counts by which a later capture can tell that it did not change."""
+class Counts:
+    """By what a later capture tells that nothing changed: steps of each owner by identity, versions of each local."""
 
-    claim: Claim
-    region: Region
-    view: torch.Tensor
-    owner: Any
-    steps: int
-    version: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Agreed:
-    """What the last plan told this rank. `contested` are the regions whose samples it sends."""
-
-    plan: str = ""
-    exceptions: Exceptions = field(default_factory=dict)
-    contested: frozenset[tuple[str, Region]] = frozenset()
+    locals: Sequence[torch.Tensor]
+    steps: Mapping[int, int]
+    versions: Sequence[int | None]
 
 
 @dataclass(slots=True)
 class Moment:
-    """The state as of one `save()`, taken on the training thread: claims, samples, objects, and what to capture."""
+    """The state as of one `save()`, without its tensors' bytes.
 
-    claims: RankClaims
-    text: bytes
-    digest: str
-    held: list[Held]
-    objects: Objects
-    full: bool
-    samples: dict[tuple[str, Region], torch.Tensor]
+    `counts` is None where nothing can be captured late: on one rank, and once the plan was answered.
+    """
+
+    shares: Shares
+    ours: Mapping[str, Any]
+    mine: Mapping[str, Any]
+    options: Options
+    counts: Counts | None
 
     @classmethod
-    def of(cls, flat: FlatState, rank: int, host: str, fences: Fences, agreed: Agreed, digest: str) -> Moment:
-        """`digest` is that of the claims which the coordinator knows; others are sent whole, with all their samples."""
-        leaves = sorted(zip(flat.tensors, flat.locals, strict=True), key=lambda pair: pair[0].name.encode())
-        rows = []
-        held = []
-        for leaf, local in leaves:
-            cut = leaf.cut
-            regions = tuple(region for region, _ in cut.pieces)
-            claim = Claim(leaf.name, leaf.dtype, cut.shape, regions, cut.holders, cut.proof.value, leaf.aliases)
-            rows.append(claim)
-            if rank in cut.holders:
-                held += [_held(claim, part.region, part.view, leaf.owner, fences) for part in cut.parts(local)]
-        claims = RankClaims(host, flat.mesh, tuple(rows))
-        text = claims.encode()
-        new = hashlib.sha256(text).hexdigest()
-        full = new != digest
-        views = {(item.claim.name, item.region): item.view for item in held}
-        watched = watch(rank, rows, None if full else set(agreed.contested))
-        samples = {key: sample(bits(views[key])) for key in watched}
-        objects = Objects(encode_objects(flat.ours, flat.options), encode_objects(flat.mine))
-        return cls(claims, text, new, held, objects, full, samples)
+    def of(cls, flat: FlatState, shares: Shares, fences: Fences) -> Moment:
+        counts = None
+        if shares.watched:
+            steps = {id(owner): fences.steps(owner) for owner in shares.holdings.owners()}
+            versions = [None if local.is_inference() else local._version for local in flat.locals]
+            counts = Counts(flat.locals, steps, versions)
+        return cls(shares, flat.ours, flat.mine, flat.options, counts)
 
-    def hashes(self) -> list[int]:
-        """One 64-bit hash a sampled region; waits for the device."""
-        return [_hash(values.cpu()) for values in self.samples.values()]
-
-    def shares(self, rank: int, exceptions: Exceptions) -> list[tuple[Held, Region]]:
-        """The boxes that `rank` writes, in the order of its data file."""
-        boxes = [(item, box) for item in self.held for box in share_of(rank, item.claim, item.region, exceptions)]
-        return sorted(boxes, key=lambda share: (share[0].claim.name.encode(), share[1]))
-
-
-def _held(claim: Claim, region: Region, view: torch.Tensor, owner: Any, fences: Fences) -> Held:
-    steps = 0 if owner is None else fences.steps(owner)
-    return Held(claim, region, view, owner, steps, None if view.is_inference() else view._version)
-
-
-def _hash(values: torch.Tensor) -> int:
-    return int.from_bytes(hashlib.blake2b(values.numpy().tobytes(), digest_size=8).digest(), "little")
-
-
-def source_of(item: Held, box: Region) -> Source:
-    """What to capture for one box of a held region."""
-    inner = item.view[box.relative_to(item.region.start).slices()] if item.view.ndim else item.view
-    return Source(f"{item.claim.name} {box}", inner, item.owner)
+    def objects(self) -> Objects:
+        """The texts of the plain objects: what is in them cannot change any more, so that this may run at any time."""
+        return Objects(encode_objects(self.ours, self.options), encode_objects(self.mine))
 
 
 @dataclass(slots=True, eq=False)
@@ -105,39 +63,121 @@ class Attempt:
     """One call of `save()` on this rank.
 
     `number` counts the calls and keys the rounds. `error`: it failed in the call; `told`: and was raised there.
-    `coordinator`: of rank 0 at that time.
+    `coordinator`: of rank 0 at that time. `busy`: it only says that this rank skips. `spans`: of its capture, once it
+    has ended. `planned`: the plan of its round has been answered.
     """
 
     number: int
     step: int
     handle: SaveHandle
+    coordinator: Coordinator
+    trace: Trace
     moment: Moment | None = None
     capture: Capture | None = None
-    captured: dict[tuple[str, Region], int] = field(default_factory=dict)
-    coordinator: Coordinator | None = None
     error: Exception | None = None
     told: bool = False
     busy: bool = False
-    joined: list[str] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     exchanging: bool = False
     planned: bool = False
+    late: dict[tuple[str, Region], Chunk] = field(default_factory=dict)
+    _joined: list[str] = field(default_factory=list)
+    _owing: set[str] = field(default_factory=lambda: {"copies", "late"})
+    _ended: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
-    def untold(self) -> str | None:
-        """The round in which the others wait for this rank and have not heard of it; None when there is none."""
-        if not self.joined:
-            return "plan"
-        return "arrive" if self.planned and self.joined == ["plan"] else None
+    def ended(self) -> bool:
+        return self._ended
 
-    def bytes_of(self, item: Held, box: Region) -> torch.Tensor:
-        """The captured bytes of one box, captured now if the plan made this rank its writer only after `save()`."""
+    def end(self) -> bool:
+        """Whether this call ended it: the first one does, and what its thread still does no longer counts."""
+        with self._lock:
+            first, self._ended = not self._ended, True
+            return first
+
+    def join(self, phase: str) -> bool:
+        """Note that this rank enters a round, unless the attempt was given up; whether it may."""
+        with self._lock:
+            if not self._ended:
+                self._joined.append(phase)
+            return not self._ended
+
+    def untold(self) -> str | None:
+        """The round in which the others wait for this rank and have not heard of it, entered by this; or None."""
+        with self._lock:
+            phase = "plan" if not self._joined else "arrive" if self.planned and self._joined == ["plan"] else None
+            self._joined += [phase] if phase else []
+            return phase
+
+    def settle(self, part: str) -> None:
+        """`part` is done, "copies" or "late": when both are, the live tensors may change."""
+        with self._lock:
+            self._owing.discard(part)
+            captured = not self._owing
+        if captured:
+            self.handle.captured()
+
+    def write_trace(self, url: str) -> None:
+        error = self.handle.error
+        outcome = "committed" if error is None else f"{type(error).__name__}: {error}"
+        self.trace.write(self.spans, {"root": url, "step": self.step, "outcome": outcome})
+
+    def catch_up(self, boxes: Iterable[Box]) -> None:
+        """Capture what the plan made this rank the writer of only after `save()`. Raises TornSnapshotError."""
         assert self.capture is not None
         assert self.moment is not None
-        index = self.captured.get((item.claim.name, box))
-        if index is not None:
-            return self.capture.data(index)
-        before = self.moment.samples.get((item.claim.name, item.region), torch.empty(0))
-        return self.capture.late(source_of(item, box), item.view, before, item.steps, item.version)
+        shares, counts = self.moment.shares, self.moment.counts
+        sampled = {key: number for number, key in enumerate(shares.watched)}
+        for box in boxes:
+            if box.key in shares.sources:
+                continue
+            held = box.held
+            if counts is None or held.key not in sampled:
+                raise _too_late(box)
+            self.late[box.key] = self.capture.late(
+                str(box),
+                held.view_of(box.region, counts.locals),
+                held.view(counts.locals),
+                self.capture.sample(sampled[held.key]),
+                held.owner,
+                counts.steps.get(id(held.owner), 0),
+                counts.versions[held.index],
+            )
+        self.moment.counts = None
 
-    def fragments(self, shares: Sequence[tuple[Held, Region]]) -> list[torch.Tensor]:
-        return [self.bytes_of(item, box) for item, box in shares]
+    def fragments(self, boxes: Iterable[Box]) -> Iterator[Iterable[Chunk]]:
+        """The bytes of each box in its turn, as chunks that are valid until the next one is asked for.
+
+        What was captured and is not among them is let go in its place: it would hold back what comes behind it. They
+        count only when this is exhausted: its end is the proof that all are of one moment. Raises as Capture.wait.
+        """
+        capture, moment = self.capture, self.moment
+        assert capture is not None
+        assert moment is not None
+        sources, at = moment.shares.sources, 0
+        for box in boxes:
+            number = sources.get(box.key)
+            if number is None:
+                yield (self.late.pop(box.key),)
+                continue
+            _let_go(capture, range(at, number))
+            at = number + 1
+            yield capture.chunks(number)
+        _let_go(capture, range(at, len(sources)))
+        with self.trace.span("await the proof"):
+            capture.wait()
+
+
+def _let_go(capture: Capture, numbers: Iterable[int]) -> None:
+    for number in numbers:
+        for _ in capture.chunks(number):
+            pass
+
+
+def _too_late(box: Box) -> TornSnapshotError:
+    return TornSnapshotError(
+        f"tensor '{box}': the plan of this save made this rank its writer, which had neither captured nor sampled it: "
+        "another rank changed what it holds; this save is refused, the next one captures it",
+        tensor=box.held.claim.name,
+    )

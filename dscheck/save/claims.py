@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,21 @@ def share_of(rank: int, claim: Claim, region: Region, exceptions: Exceptions) ->
     if rank not in writers:
         return []
     return [box for writer, box in writer_shares(claim.name, region, ITEMSIZE[claim.dtype], writers) if writer == rank]
+
+
+def watch(
+    rank: int, size: int, claims: Sequence[Claim], contested: Collection[tuple[str, Region]] | None
+) -> list[tuple[str, Region]]:
+    """The regions whose samples `rank` of `size` sends: all that it claims when `contested` is None, else what needs
+    comparing. One rank alone has nobody to be compared with.
+    """
+    return [
+        (claim.name, region)
+        for claim in (claims if size > 1 else ())
+        if rank in claim.holders
+        for region in claim.regions
+        if contested is None or claim.proof == "claim" or (claim.name, region) in contested
+    ]
 
 
 def pack_exceptions(exceptions: Exceptions) -> list[Any]:

@@ -18,7 +18,7 @@ from dscheck.manifest.arrow import encode_files, encode_plan
 from dscheck.manifest.files import Extent, FileRow, validate_files
 from dscheck.manifest.record import Counts, Digest, Record, Term
 from dscheck.ranks.message import pack, unpack
-from dscheck.save.claims import Claim, RankClaims, pack_exceptions
+from dscheck.save.claims import RankClaims, pack_exceptions, watch
 from dscheck.save.merge import Merged, Samples, compare, merge
 from dscheck.storage.base import Storage
 
@@ -206,22 +206,9 @@ class Coordinator:
             if not post["full"] and post["plan"] != self._plan.sha256:
                 continue
             contested = None if post["full"] or self._merged is None else self._merged.contested
-            watched = watch(rank, self._claims[rank][1].claims, contested)
+            watched = watch(rank, len(posts), self._claims[rank][1].claims, contested)
             samples.update({(rank, *key): value for key, value in zip(watched, post["samples"], strict=True)})
         return samples
-
-
-def watch(rank: int, claims: Sequence[Claim], contested: set[tuple[str, Region]] | None) -> list[tuple[str, Region]]:
-    """The regions whose samples `rank` sends: all that it claims when `contested` is None, else what needs
-    comparing.
-    """
-    return [
-        (claim.name, region)
-        for claim in claims
-        if rank in claim.holders
-        for region in claim.regions
-        if contested is None or claim.proof == "claim" or (claim.name, region) in contested
-    ]
 
 
 def _same_step(posts: Sequence[Mapping[str, Any]]) -> int:

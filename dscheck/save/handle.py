@@ -11,23 +11,29 @@ from dscheck.errors import DeadlineError
 GRACE_S = 5.0
 """How long past its deadline a save may take to find its error, before the waiter raises one of its own."""
 
+CAUSES = ("call", "fence", "host_memory", "storage", "commit")
+
 
 @dataclass(slots=True)
 class SaveStats:
-    """What one save moved and cost on this rank. Seconds are wall-clock, `stall_s` is what the training thread lost.
+    """What one save moved and cost on this rank.
 
-    stall_s by cause: "call" (inside `save()` itself), "fence" (an optimizer step that waited for copies), "host_memory"
-    (the region to capture into had to grow), "storage" (an earlier save was still being written), "commit" (waited for
-    other ranks: always 0 in this version, which never does).
+    bytes: what this rank captures, in bytes. captured_s, written_s, committed_s: wall-clock seconds from its beginning,
+    after any wait for earlier saves, until the live tensors were free, the data file was durable, and the step existed;
+    None as long as that has not happened. in_flight: saves under way on this rank when it began, itself included.
+
+    stall_s: seconds that it took from training, by cause. "call": work inside `save()` itself. "fence": copies that an
+    optimizer step had to wait for. "host_memory": no room to capture into. "storage": `save()` waited until earlier
+    saves had been written. "commit": `save()` waited until the ranks had agreed on a plan for a state of new structure.
+    "fence" is whole when the save has ended.
     """
 
     bytes: int = 0
     captured_s: float | None = None
     written_s: float | None = None
     committed_s: float | None = None
-    stall_s: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("call", "fence", "host_memory", "storage", "commit"), 0.0)
-    )
+    in_flight: int = 1
+    stall_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CAUSES, 0.0))
 
 
 class SaveHandle:
@@ -44,8 +50,14 @@ class SaveHandle:
         self._ending = threading.Lock()
 
     def __repr__(self) -> str:
-        state = "under way" if not self.done else f"failed: {self._error}" if self._error else "committed"
-        return f"SaveHandle(step={self.step}, {state})"
+        stats = self.stats
+        if not self.done:
+            state = "being captured" if stats.captured_s is None else "captured, not committed yet"
+        elif self._error is not None:
+            state = f"failed: {type(self._error).__name__}: {self._error}"
+        else:
+            state = f"committed in {stats.committed_s or 0.0:.3f} s, stall {sum(stats.stall_s.values()):.6f} s"
+        return f"SaveHandle(step={self.step}, {stats.bytes} bytes, {state})"
 
     @property
     def done(self) -> bool:
@@ -85,9 +97,11 @@ class SaveHandle:
             raise self._error
 
     def captured(self) -> None:
-        """The live tensors are free again."""
-        self.stats.captured_s = time.monotonic() - self.began
-        self._captured.set()
+        """The live tensors are free again; the first time counts."""
+        with self._ending:
+            if not self._captured.is_set():
+                self.stats.captured_s = time.monotonic() - self.began
+                self._captured.set()
 
     def finish(self, error: Exception | None = None) -> None:
         """The save has ended; the first end counts."""

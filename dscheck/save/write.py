@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
+from dscheck.config import Settings
 from dscheck.errors import DscheckError
 from dscheck.manifest.files import Extent, FileRow
-from dscheck.manifest.place import CHECKSUM_ALIGNMENT, align, place
+from dscheck.manifest.place import CHECKSUM_ALIGNMENT, align, block_count, place
 from dscheck.native import crc32c_blocks
+from dscheck.save.trace import Trace
 from dscheck.storage.base import ObjectWriter, Storage
 
 WRITE_BYTES = 8 << 20
+
+Chunk = NDArray[np.uint8]
+"""Contiguous bytes of one fragment. All but its last chunk are multiples of the block length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +34,8 @@ class Objects:
 class _Batched:
     """Joins small writes, so that thousands of scalars cost a few calls, and knows where in the file it is."""
 
-    def __init__(self, writer: ObjectWriter, stop: Callable[[], None]) -> None:
-        self._writer, self._stop, self._batch = writer, stop, bytearray()
+    def __init__(self, writer: ObjectWriter, trace: Trace, stop: Callable[[], None]) -> None:
+        self._writer, self._trace, self._stop, self._batch = writer, trace, stop, bytearray()
         self.offset = 0
 
     def pad_to(self, offset: int) -> None:
@@ -38,6 +43,7 @@ class _Batched:
             self.write(bytes(offset - self.offset))
 
     def write(self, data: bytes | memoryview) -> None:
+        """Append `data`, which the caller may reuse when this returns."""
         self.offset += len(data)
         if len(data) < WRITE_BYTES // 8:
             self._batch += data
@@ -47,51 +53,68 @@ class _Batched:
         self.flush()
         view = memoryview(data)
         for start in range(0, len(view), WRITE_BYTES):
-            self._stop()
-            self._writer.write(view[start : start + WRITE_BYTES])
+            self._put(view[start : start + WRITE_BYTES])
 
     def flush(self) -> None:
-        self._stop()
         if self._batch:
-            self._writer.write(self._batch)
+            self._put(self._batch)
             self._batch = bytearray()
 
+    def _put(self, data: memoryview | bytearray) -> None:
+        self._stop()
+        with self._trace.span("write", len(data)):
+            self._writer.write(data)
 
-def write_file(
-    storage: Storage,
-    key: str,
-    rank: int,
-    fragments: Iterable[torch.Tensor],
-    objects: Objects,
-    block_bytes: int,
-    stop: Callable[[], None],
-) -> FileRow:
-    """Write `key` durably and return its row of files.arrow.
 
-    `fragments` are host bytes (1-D uint8) in the order of the plan; they must not change until this returns. `stop` is
-    called between writes and raises to give up. After any error nothing is left that a reader could take for whole.
-    """
-    pieces = [memoryview(piece.numpy().data) for piece in fragments]
-    offsets, _, _ = place([piece.nbytes for piece in pieces], block_bytes)
-    writer = storage.create(key)
-    try:
-        out = _Batched(writer, stop)
-        checksums = []
-        for offset, piece in zip(offsets, pieces, strict=True):
-            out.pad_to(offset)
-            out.write(piece)
-            checksums.append(crc32c_blocks(piece, block_bytes))
-        out.pad_to(align(out.offset, CHECKSUM_ALIGNMENT))
-        crcs = np.concatenate(checksums) if checksums else np.empty(0, np.uint32)
-        extents = [_append(out, text) for text in (crcs.astype("<u4").tobytes(), objects.ours, objects.mine)]
-        out.flush()
-        size = writer.commit()
-    except BaseException:
-        writer.abort()
-        raise
-    if size != out.offset:
-        raise DscheckError(f"{storage.url}/{key}: {size} bytes stored, {out.offset} written", key=key)
-    return FileRow(rank, size, len(crcs), *extents)
+class DataFile:
+    """The data file `key`, not there yet. `stop` is called between writes and raises to give up."""
+
+    def __init__(self, storage: Storage, key: str, settings: Settings, trace: Trace, stop: Callable[[], None]) -> None:
+        self._storage, self._key, self._trace, self._stop = storage, key, trace, stop
+        self._block_bytes, self._threads = settings.block_bytes, settings.copy_threads
+
+    def write(self, rank: int, sizes: Sequence[int], fragments: Iterable[Iterable[Chunk]], objects: Objects) -> FileRow:
+        """Write it durably and return its row of files.arrow.
+
+        `fragments` in the order of the plan, `sizes` their bytes; each chunk may change as soon as the next one is
+        asked for. After any error, those that the chunks raise included, nothing is left that a reader could take for
+        whole.
+        """
+        offsets, _, _ = place(sizes, self._block_bytes)
+        writer = self._storage.create(self._key)
+        try:
+            out = _Batched(writer, self._trace, self._stop)
+            checksums = []
+            for offset, nbytes, chunks in zip(offsets, sizes, fragments, strict=True):
+                out.pad_to(offset)
+                checksums += self._stream(out, chunks, nbytes)
+            out.pad_to(align(out.offset, CHECKSUM_ALIGNMENT))
+            crcs = np.concatenate(checksums) if checksums else np.empty(0, np.uint32)
+            extents = [_append(out, text) for text in (crcs.astype("<u4").tobytes(), objects.ours, objects.mine)]
+            out.flush()
+            self._stop()
+            with self._trace.span("commit the data file"):
+                size = writer.commit()
+        except BaseException:
+            writer.abort()
+            raise
+        if size != out.offset:
+            raise self._wrong(f"{size} bytes stored, {out.offset} written")
+        return FileRow(rank, size, len(crcs), *extents)
+
+    def _stream(self, out: _Batched, chunks: Iterable[Chunk], nbytes: int) -> list[NDArray[np.uint32]]:
+        """Append one fragment, and return the checksums of its blocks, chunk by chunk."""
+        end, checksums = out.offset + nbytes, []
+        for chunk in chunks:
+            with self._trace.span("checksum", chunk.nbytes):
+                checksums.append(crc32c_blocks(chunk.data, self._block_bytes, self._threads))
+            out.write(chunk.data)
+        if out.offset != end or sum(map(len, checksums)) != block_count(nbytes, self._block_bytes):
+            raise self._wrong(f"a fragment of {nbytes} bytes came as {nbytes + out.offset - end}, or in odd chunks")
+        return checksums
+
+    def _wrong(self, what: str) -> DscheckError:
+        return DscheckError(f"{self._storage.url}/{self._key}: {what}", key=self._key)
 
 
 def _append(out: _Batched, text: bytes) -> Extent:

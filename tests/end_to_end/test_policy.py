@@ -212,19 +212,42 @@ def test_leaving_by_an_exception_tells_the_others_and_does_not_wait() -> None:
     assert isinstance(found[0], RankFailureError | type(None))
 
 
-def test_a_busy_rank_waits_by_default_and_counts_the_stall() -> None:
+MANY = 1 << 20
+"""Elements of a tensor that fills the host memory of a capture for as long as its write hangs."""
+
+
+def test_a_save_goes_on_at_once_while_an_earlier_one_is_committed() -> None:
     root = fresh()
 
     def run(ranks: Ranks) -> Any:
-        with open_on(ranks, Faulty(root, slow(0.2, "commit")), {"x": torch.ones(2)}) as ckpt:
-            ckpt.save(1)
-            second = ckpt.save(2)
+        storage = Faulty(root, slow(0.2, "commit"))
+        with open_on(ranks, storage, {"x": torch.ones(2)}, host_memory_bytes=1 << 20) as ckpt:
+            ckpt.save(1).wait()
+            handles = [ckpt.save(step) for step in (2, 3, 4)]
+            for handle in handles:
+                handle.wait()
+            return [handle.stats.in_flight for handle in handles], handles[-1].stats.stall_s, ckpt.steps()
+
+    in_flight, stall, steps = job(1, run)[0]
+    assert in_flight == [1, 2, 3]
+    assert stall["storage"] + stall["commit"] < 0.1
+    assert steps == [1, 2, 3, 4]
+
+
+def test_a_save_without_room_waits_by_default_and_counts_the_stall() -> None:
+    root = fresh()
+
+    def run(ranks: Ranks) -> Any:
+        with open_on(ranks, Faulty(root, slow(0.2, "write")), {"x": torch.ones(MANY)}) as ckpt:
+            ckpt.save(1).wait()
+            ckpt.save(2)
+            second = ckpt.save(3)
             second.wait()
             return second.stats.stall_s["storage"], ckpt.steps()
 
     stall, steps = job(1, run)[0]
     assert stall > 0.1
-    assert steps == [1, 2]
+    assert steps == [1, 2, 3]
 
 
 def test_a_busy_rank_skips_on_all_ranks_when_asked() -> None:
@@ -232,8 +255,9 @@ def test_a_busy_rank_skips_on_all_ranks_when_asked() -> None:
     let_go = threading.Event()
 
     def run(ranks: Ranks) -> list[int]:
-        storage = Faulty(root, hang(let_go, "commit", "steps/1/*")) if ranks.rank == 1 else root
-        with open_on(ranks, storage, {"x": torch.ones(2)}, when_busy="skip") as ckpt:
+        storage = Faulty(root, hang(let_go, "write", "steps/1/*")) if ranks.rank == 1 else root
+        state = {"x": sharded(torch.ones(MANY), (2 * MANY,), (MANY * ranks.rank,))}
+        with open_on(ranks, storage, state, when_busy="skip") as ckpt:
             first = ckpt.save(1)
             second = ckpt.save(2)
             with pytest.raises(SaveSkippedError):
@@ -247,17 +271,20 @@ def test_a_busy_rank_skips_on_all_ranks_when_asked() -> None:
 
 
 def test_a_hung_storage_call_costs_its_deadline_and_no_more() -> None:
-    """Invariant C7, and a dead helper is replaced (C8)."""
+    """Invariant C7, and a hung helper is replaced (C8). What lies behind it ends with it."""
     root = fresh()
     never = threading.Event()
 
     def run(ranks: Ranks) -> Any:
         storage = Faulty(root, hang(never, "commit", "steps/1/*"))
         with open_on(ranks, storage, {"x": torch.ones(2)}, timeout_s=0.5) as ckpt:
-            first = ckpt.save(1)
-            ckpt.save(2).wait()
+            first, second = ckpt.save(1), ckpt.save(2)
+            with pytest.raises(DeadlineError):
+                first.wait()
+            ckpt.save(3).wait()
             assert isinstance(first.error, DeadlineError)
-            assert ckpt.steps() == [2]
+            assert second.error is first.error
+            assert ckpt.steps() == [3]
         never.set()
 
     job(1, run)
@@ -470,6 +497,8 @@ def test_a_save_that_hung_and_woke_late_cannot_abandon_an_acknowledged_step() ->
         with open_on(ranks, Faulty(root, *faults), {"x": torch.ones(2)}, timeout_s=0.5) as ckpt:
             ckpt.save(1).wait()
             hung = ckpt.save(2)
+            with pytest.raises(DeadlineError):
+                hung.wait()
             ckpt.save(3).wait()
             assert isinstance(hung.error, DeadlineError)
             wake.set()
@@ -484,9 +513,9 @@ def test_a_save_that_hung_and_woke_late_cannot_abandon_an_acknowledged_step() ->
 
 def test_a_failure_while_capturing_shows_on_the_handle_and_on_the_other_ranks(monkeypatch: Any) -> None:
     """Invariant C8: memory that runs out does not kill training, and nobody waits for a deadline."""
-    from dscheck.snapshot import Arena
+    from dscheck.snapshot import Capturer
 
-    carve = Arena.carve
+    take = Capturer.take
 
     def run(ranks: Ranks) -> tuple[Any, list[int]]:
         with open_on(ranks, root, {"x": torch.ones(2)}) as ckpt:
@@ -498,13 +527,13 @@ def test_a_failure_while_capturing_shows_on_the_handle_and_on_the_other_ranks(mo
             ckpt.save(3).wait()
             return handle.error, ckpt.steps()
 
-    def fails(self: Arena, *args: Any, **kwargs: Any) -> Any:
+    def fails(self: Capturer, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() in broken:
             raise RuntimeError("out of memory (injected)")
-        return carve(self, *args, **kwargs)
+        return take(self, *args, **kwargs)
 
     root, broken = fresh(), set[int]()
-    monkeypatch.setattr(Arena, "carve", fails)
+    monkeypatch.setattr(Capturer, "take", fails)
     began = time.monotonic()
     (first, steps), (second, _) = job(2, run)
     assert "out of memory" in str(second)

@@ -19,7 +19,7 @@ from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.manifest.plan import Plan
 from dscheck.ranks.base import Ranks
 from dscheck.save.claims import Claim, RankClaims, share_of
-from dscheck.save.coordinator import watch
+from dscheck.save.claims import watch
 from dscheck.save.merge import compare, merge
 from dscheck.state import FlatState, Proof, TensorLeaf
 from tests.end_to_end.worlds import fresh, job, load, open_on
@@ -135,9 +135,9 @@ def test_samples_that_differ_refuse_and_missing_ones_are_said() -> None:
 
 def test_in_steady_state_only_what_needs_comparing_is_sampled() -> None:
     rows = [claim("mesh", (4,), holders=(0,)), claim("plain", (4,), holders=(0,), proof="claim")]
-    assert [name for name, _ in watch(0, rows, None)] == ["mesh", "plain"]
-    assert [name for name, _ in watch(0, rows, set())] == ["plain"]
-    assert [name for name, _ in watch(0, rows, {("mesh", Region((0,), (4,)))})] == ["mesh", "plain"]
+    assert [name for name, _ in watch(0, 2, rows, None)] == ["mesh", "plain"]
+    assert [name for name, _ in watch(0, 2, rows, set())] == ["plain"]
+    assert [name for name, _ in watch(0, 2, rows, {("mesh", Region((0,), (4,)))})] == ["mesh", "plain"]
 
 
 def test_the_ranks_table_keeps_every_mesh_coordinate() -> None:
