@@ -20,6 +20,8 @@ from benchmarks.stall_cost import Method, measure
 from benchmarks.stall_job import LARGE, MIDDLE, TINY, Training, fitting_batch
 
 MOST_ERROR = 300
+# A save that hangs is to fail before its part is ended from outside.
+TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +60,10 @@ class Bench:
     device: torch.device
 
     @property
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
     def shape(self) -> Shape:
         return TINY if self.options.tiny else LARGE
 
@@ -91,7 +97,7 @@ class Bench:
     def row(self, name: str, **values: Any) -> None:
         """Written at once: a process that dies later has not lost it."""
         with (Path(self.options.work) / f"{self.part}.jsonl").open("a") as file:
-            file.write(json.dumps({"part": self.part, "row": name, **values}) + "\n")
+            file.write(json.dumps({"part": self.part, "row": name, "device": self.device_name, **values}) + "\n")
         self.say(f"{name}: {values.get('error') or _short(values)}")
 
     def attempt(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:

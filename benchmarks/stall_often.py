@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.prototypes import copy_rate
 from benchmarks.sink import SinkStorage
-from benchmarks.stall_bench import Bench
+from benchmarks.stall_bench import TIMEOUT_S, Bench
 from benchmarks.stall_job import Timeline, Training
 from dscheck import Checkpointer, SaveHandle
 
@@ -29,6 +29,7 @@ def every_step(bench: Bench) -> None:
         "host_memory_bytes": 2 * job.nbytes() + SLACK_BYTES,
         "device_memory_bytes": "auto",
         "copy_threads": COPY_THREADS,
+        "timeout_s": TIMEOUT_S,
     }
     tiny = bench.options.tiny
     with bench.folder("sink") as folder, Checkpointer(SinkStorage(folder), job.state(), **settings) as ckpt:
@@ -38,7 +39,7 @@ def every_step(bench: Bench) -> None:
             job.train_step()
             ckpt.save(job.steps).wait()
         bench.attempt("every step", lambda: _every_step(job, ckpt, 4 if tiny else 20))
-        bench.attempt("drain", lambda: _drain(job, ckpt, 3 if tiny else 30))
+        bench.attempt("drain", lambda: _drain(job, ckpt, 3 if tiny else 25))
     bench.attempt("bus", lambda: {"host_gb_s": copy_rate(bench.device, bench.copy_bytes) / 1e9})
 
 
@@ -83,9 +84,9 @@ class Span:
 
 def _drain(job: Training, ckpt: Checkpointer, saves: int) -> dict[str, Any]:
     """Milliseconds of steps, from the end of one to the end of the next on the device, by what drained meanwhile."""
-    before = _ends_to_spans(job.marked(saves * EVERY // 2))
+    before = _ends_to_spans(job.marked(saves * EVERY // 3))
     steps, drains = _with_saves(job, ckpt, saves)
-    after = _ends_to_spans(job.marked(saves * EVERY // 2))
+    after = _ends_to_spans(job.marked(saves * EVERY // 3))
     plain = _spread(before + after)
     assert plain is not None
     loop_ms = 1e3 * (steps[-1].ended - steps[0].began)

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from benchmarks.launch import leave_group
 from benchmarks.sink import SinkStorage
+from benchmarks.stall_bench import TIMEOUT_S
 from benchmarks.stall_job import Timeline
 from benchmarks.stall_often import Span
 from dscheck import Checkpointer
@@ -75,7 +76,7 @@ class Sharded:
 
 def measure(job: Sharded, folder: Path) -> dict[str, float]:
     """All-reduces a second during captures as a part of those without, in this rank's eyes."""
-    with Checkpointer(SinkStorage(folder), job.state()) as ckpt:
+    with Checkpointer(SinkStorage(folder), job.state(), timeout_s=TIMEOUT_S) as ckpt:
         until = time.monotonic() + (0.5 if job.operations < OPERATIONS else 8.0)
         steps = 0
         while steps < 3 or not _agreed(job.device, time.monotonic() > until):

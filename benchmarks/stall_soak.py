@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.stall_bench import Bench
+from benchmarks.stall_bench import TIMEOUT_S, Bench
 from benchmarks.stall_job import Training
 from dscheck import Checkpointer, SaveHandle
 from dscheck.commit import read_history
@@ -48,7 +49,7 @@ def soak(bench: Bench) -> None:
 def _variant(bench: Bench, job: Training, other: Training, saves: int, settings: dict[str, Any]) -> dict[str, Any]:
     distances = random.Random(saves)
     result: dict[str, Any] = {"saves": saves, "committed": 0, "damaged": [], "different": {}, "errors": []}
-    with bench.folder("soak") as folder, Checkpointer(folder, job.state(), **settings) as ckpt:
+    with bench.folder("soak") as folder, Checkpointer(folder, job.state(), timeout_s=TIMEOUT_S, **settings) as ckpt:
         while saves > 0:
             moments: list[tuple[SaveHandle, torch.Tensor]] = []
             for _ in range(min(saves, TOGETHER)):
@@ -76,7 +77,7 @@ def _check(
     with ThreadPoolExecutor(TOGETHER) as threads:
         for step, damage in zip(committed, threads.map(partial(_damage, folder), committed), strict=True):
             result["damaged"] += [f"step {step}: {what}" for what in damage]
-    with Checkpointer(folder, other.state()) as reader:
+    with Checkpointer(folder, other.state(), read_threads=len(os.sched_getaffinity(0))) as reader:
         for step, hashes in committed.items():
             reader.load(step)
             different = [
