@@ -1,252 +1,307 @@
-"""One capture: what is owned by an optimizer is copied lazily, up to its fence; the rest before `save()` returns."""
+"""One capture: the state of the moment of `save()`, on its way into host memory while training goes on."""
 
 from __future__ import annotations
 
-import contextlib
+import operator
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 
 from dscheck.errors import DeadlineError, DscheckError, TornSnapshotError
-from dscheck.snapshot.arena import Arena
-from dscheck.snapshot.bits import bits, on_host, sample
+from dscheck.native import (
+    FROZEN,
+    HOST,
+    VOLATILE,
+    Copier,
+    NativeCapture,
+    matches,
+    piece_sample,
+    sample,
+    times,
+    watched_sample,
+)
+from dscheck.snapshot.bits import bits
+from dscheck.snapshot.plan import CapturePlan, Pieces, Small
+
+SETTLE_S = 10.0
+"""How long copies under way may take to end once their capture is given up."""
+
+VERSION = operator.attrgetter("_version")
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Live memory to capture: `view` of the tensor called `name`. `owner` is what fences it, None when nothing does."""
+class Span:
+    """One stretch of work for the trace, in seconds of `time.monotonic()`."""
 
+    track: str
     name: str
-    view: torch.Tensor
-    owner: Any = None
+    began: float
+    ended: float
+    nbytes: int = 0
 
 
-class _Phase(Enum):
-    PENDING = 0
-    TAKEN = 1
-    COPIED = 2  # enqueued, on an accelerator
+class Capture:
+    """The bytes of a plan's sources as of its construction (invariant C11), or the reason why they are not.
 
+    `chunks` and `wait` are for the background, `fence` for the training thread. Three guards refuse a snapshot that
+    training changed: step counts of owners, version counters, and samples of each piece taken at `save()`, as captured
+    and live behind the last copy. Errors: TornSnapshotError, DeadlineError, what `fail` was given.
+    """
 
-@dataclass(slots=True, eq=False)
-class _Piece:
-    """A bounded part of one source, and what proves that it did not change before it was copied."""
+    def __init__(
+        self,
+        copier: Copier,
+        native: NativeCapture,
+        plan: CapturePlan,
+        count: Callable[[Any], int],
+        steps: Sequence[int],
+        versions: Sequence[int],
+        volatile: frozenset[int],
+        locals: Sequence[torch.Tensor],
+        held: Sequence[Any],
+        copies: Sequence[torch.Tensor],
+        deadline: float,
+    ) -> None:
+        self._copier, self._native, self._plan, self._count = copier, native, plan, count
+        self._steps, self._versions, self._deadline = steps, versions, deadline
+        self._volatile = volatile
+        # Held until all is copied: what is freed before would be memory of something else.
+        self._held: Any = (held, copies)
+        self._versioned = [locals[index] for index in plan.versioned]
+        self._numbers = {id(owner): number for number, owner in enumerate(plan.owners)}
+        self._fenced: set[int] = set()
+        self._told_free = False
+        self._error: Exception | None = None
+        self._proving = threading.Lock()
+        self._proved = False
+        self.nbytes = plan.nbytes
+        self.host_memory_s = 0.0
+        self._fence_s = 0.0
+        self.fences: list[Span] = []
 
-    name: str
-    live: torch.Tensor
-    host: torch.Tensor
-    owner: Any
-    steps: int
-    version: int | None
-    before: torch.Tensor
-    after: torch.Tensor | None = None
-    phase: _Phase = _Phase.PENDING
+    @property
+    def fence_s(self) -> float:
+        """Seconds that fences held up training: the CPU, and, known once the capture is released, the device."""
+        return self._fence_s + self._native.stalled_s
+
+    @property
+    def spans(self) -> list[Span]:
+        """The copies and fences so far."""
+        found = list(self.fences)
+        for index, (device, spilled, nbytes, began, ended) in enumerate(times(self._native)):
+            if ended:
+                track = "capture host" if device == HOST else f"capture device {device}"
+                how = " (spilled)" if spilled else ""
+                found.append(Span(track, self._plan.piece_names(index) + how, began, ended, nbytes))
+        return found
+
+    def fence(self, owner: Any | None = None) -> None:
+        """Return when everything of `owner` (all owners: None) may change. Never raises: what fails here fails the
+        save.
+        """
+        number = FROZEN if owner is None else self._numbers.get(id(owner))
+        self._told_free = self._told_free or owner is None
+        if number is None or number in self._fenced or FROZEN in self._fenced:
+            return
+        began, has_room = time.monotonic(), self._native.placed == len(self._plan.piece_source)
+        try:
+            self._refuse_changed(None if number == FROZEN else number)
+            self._fenced.add(number)
+            self._hold_back(number)
+        except Exception as error:
+            self.fail(error)
+        finally:
+            ended = time.monotonic()
+            if has_room:
+                self._fence_s += ended - began
+            else:
+                self.host_memory_s += ended - began
+            self.fences.append(Span("fences", "fence", began, ended))
+
+    def hold(self) -> None:
+        """Return when what nobody fences and anybody may change (EMA copies, weights that forward rewrites) may change.
+
+        For the training thread, before `save()` returns and after the background has the capture: memory that is
+        smaller than it is handed on from there. Never raises.
+        """
+        if not self._volatile:
+            return
+        began = time.monotonic()
+        try:
+            self._hold_back(VOLATILE)
+        except Exception as error:
+            self.fail(error)
+        self.host_memory_s += time.monotonic() - began
+
+    def _hold_back(self, number: int) -> None:
+        streams = [(device, torch.cuda.current_stream(device).cuda_stream) for device in self._plan.devices]
+        if not self._copier.fence(self._native, number, streams, self._deadline):
+            raise self._late()
+
+    def fail(self, error: Exception) -> None:
+        """Refuse this snapshot; the first reason counts."""
+        if not isinstance(error, DscheckError):
+            error = TornSnapshotError(f"the capture failed: {type(error).__name__}: {error}", tensor=None)
+        self._error = self._error or error
+        self._copier.fail(self._native, str(error))
+
+    def wait(self) -> None:
+        """Return when all is captured and proved to be of one moment."""
+        if not self._copier.wait(self._native, self._deadline):
+            raise self._late()
+        with self._proving:
+            if not self._proved:
+                self._raise_failure()
+                self._refuse_changed(None)
+                self._raise_failure()
+                plan = self._plan
+                if len(plan.unowned):
+                    plan.calm.note(self._versions, [piece_sample(self._native, int(i)) for i in plan.unowned])
+                self._held, self._versioned, self._proved = None, [], True
+
+    def chunks(self, index: int) -> Iterator[Bytes]:
+        """The bytes of source `index`, in order; each chunk but the last a multiple of the block. Waits for them.
+
+        A chunk's memory is given back when the next one is asked for. Sources are consumed in order, by one thread.
+        """
+        layout = self._plan.layouts[index]
+        if isinstance(layout, Small):
+            if not self._copier.await_slab(self._native, self._deadline):
+                raise self._late()
+            data = self._copier.slab(self._native, layout.offset, self._plan.sizes[index])
+            self._check(len(self._plan.piece_source) + layout.entry, data)
+            yield data
+        elif layout.dense is None:
+            for piece in range(layout.start, layout.stop):
+                yield self._piece(piece)
+                self._copier.free_piece(self._native, piece)
+        else:
+            yield self._in_order(layout, self._plan.sizes[index])
+
+    def sample(self, index: int) -> bytes:
+        """256 bytes of watched region `index`, as of construction."""
+        if not self._copier.await_slab(self._native, self._deadline):
+            raise self._late()
+        return watched_sample(self._native, index)
+
+    def late(
+        self,
+        name: str,
+        view: torch.Tensor,
+        region: torch.Tensor,
+        before: bytes,
+        owner: Any,
+        steps: int,
+        version: int | None,
+    ) -> Bytes:
+        """Capture `view`, part of `region`, now, as of the moment of construction.
+
+        For a rank that learns only from the plan that it writes it. `before` is the sample of `region` of that moment,
+        `steps` and `version` the counts. Raises TornSnapshotError unless all of them stand, and nobody was told that
+        the state may change.
+        """
+        data, after = _on_host(view), sample(_on_host(region))
+        counted = owner is not None and self._count(owner) == steps
+        if self._told_free or not counted or _version(view) != version or before != after:
+            raise _torn(name, "this rank learned too late that it is the writer of it")
+        return data
+
+    def release(self) -> bool:
+        """Give back whatever is left of it. False: a copy hangs, and its memory cannot be used again."""
+        settled = self._copier.release(self._native, time.monotonic() + SETTLE_S)
+        if settled:
+            self._held, self._versioned = None, []
+        return settled
+
+    def _piece(self, index: int) -> Bytes:
+        if not self._copier.await_piece(self._native, index, self._deadline):
+            raise self._late()
+        data = self._copier.piece(self._native, index)
+        self._check(index, data)
+        return data
+
+    def _in_order(self, layout: Pieces, nbytes: int) -> Bytes:
+        """A permuted tensor in row-major order."""
+        assert layout.dense is not None
+        shape, stride, dtype = layout.dense
+        raw, at = torch.empty(nbytes, dtype=torch.uint8), 0
+        for piece in range(layout.start, layout.stop):
+            data = self._piece(piece)
+            raw.numpy()[at : at + len(data)] = data
+            at += len(data)
+            self._copier.free_piece(self._native, piece)
+        return _on_host(raw.view(dtype).as_strided(shape, stride))
+
+    def _check(self, entry: int, data: Bytes) -> None:
+        """In the debug mode, all bytes against the hash that was taken of them at `save()`."""
+        if self._plan.check and not matches(self._native, entry, data):
+            pieces = len(self._plan.piece_source)
+            name = self._plan.piece_names(entry) if entry < pieces else f"small tensor {entry - pieces}"
+            error = _torn(name, "what was captured has another hash than what was live at save()")
+            self.fail(error)
+            raise error
+
+    def _refuse_changed(self, number: int | None) -> None:
+        """Raise if an owner has stepped, or a version moved, before its fence. None: all that no fence has passed."""
+        if FROZEN in self._fenced:
+            return
+        plan = self._plan
+        for which in plan.lazy_owners:
+            stepped = self._count(plan.owners[which]) != self._steps[which]
+            if stepped and number in (None, which) and which not in self._fenced:
+                raise _torn(_first(plan, which), "its optimizer stepped before it was captured")
+        versions = list(map(VERSION, self._versioned))
+        if versions == self._versions or not self._versioned:
+            return
+        for place, (now, then) in enumerate(zip(versions, self._versions, strict=True)):
+            owner = plan.owner_of_versioned[place]
+            watched = number in (None, owner) and owner not in self._fenced and place not in self._volatile
+            if now != then and watched:
+                raise _torn(plan.name_of_versioned[place], "it was written to before it was captured")
+
+    def _raise_failure(self) -> None:
+        if self._error is not None:
+            raise self._error
+        torn = self._copier.torn(self._native)
+        if torn is not None:
+            raise _torn(self._plan.piece_names(torn), "its values changed between save() and the end of its capture")
+        failure = self._copier.failure(self._native)
+        if failure:
+            raise DscheckError(f"the capture failed: {failure}")
+
+    def _late(self) -> Exception:
+        try:
+            self._raise_failure()
+        except Exception as error:
+            return error
+        index = self._copier.pending(self._native)
+        name = "small tensors" if index is None else self._plan.piece_names(index)
+        late = DeadlineError(f"tensor '{name}' was not captured in time", phase="capture", waited_for=name)
+        self.fail(late)
+        return late
 
 
 def _version(tensor: torch.Tensor) -> int | None:
     return None if tensor.is_inference() else tensor._version
 
 
-class Lanes:
-    """A side stream for each accelerator, so that copies run beside the training step. Host tensors need none."""
-
-    def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.Stream] = {}
-
-    def follow(self, device: torch.device) -> None:
-        """Order the lane of `device` after all that the calling thread has enqueued there."""
-        if device.type != "cpu":
-            if device not in self._streams:
-                self._streams[device] = torch.Stream(device)
-            self._streams[device].wait_stream(torch.accelerator.current_stream(device))
-
-    @contextlib.contextmanager
-    def on(self, device: torch.device) -> Iterator[None]:
-        if device.type == "cpu":
-            yield
-        else:
-            with self._streams[device]:
-                yield
-
-    def hold_back(self, device: torch.device) -> None:
-        """Make the calling thread's current stream wait for all that the lane holds; the CPU goes on."""
-        if device.type != "cpu":
-            torch.accelerator.current_stream(device).wait_event(self._streams[device].record_event())
-
-    def drain(self, device: torch.device, deadline: float) -> None:
-        """Return when the lane is empty. Raises DeadlineError past `deadline`."""
-        if device.type == "cpu":
-            return
-        event = self._streams[device].record_event()
-        while not event.query():
-            if time.monotonic() > deadline:
-                raise DeadlineError(
-                    f"copies from {device} did not end in time", phase="capture", waited_for=str(device)
-                )
-            time.sleep(0.0005)
+def _on_host(view: torch.Tensor) -> Bytes:
+    """The bytes of a view, row-major."""
+    plain = bits(view).cpu().contiguous()
+    data: Bytes = plain.view(-1).view(torch.uint8).numpy() if plain.numel() else np.empty(0, np.uint8)
+    return data
 
 
-class Capture:
-    """The snapshot of `sources` at the moment of construction (invariant C11).
-
-    Construction copies the sources without an owner and samples the others; `run` copies those in the background;
-    `fence(owner)` copies, on the calling thread, what is left of one owner. `steps` counts the steps of an owner: a
-    piece that is copied under another count than it started with is torn. After `run` returned, `data(i)` are the
-    bytes of source i, row-major, valid until the arena is carved again. Errors: TornSnapshotError, DeadlineError.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        arena: Arena,
-        lanes: Lanes,
-        steps: Callable[[Any], int],
-        *,
-        piece_bytes: int,
-        deadline: float,
-        devices: Iterable[torch.device] = (),
-    ) -> None:
-        self._lanes, self._steps, self._deadline, self._piece_bytes = lanes, steps, deadline, piece_bytes
-        self._changed = threading.Condition()
-        self._error: DscheckError | None = None
-        self._names = [source.name for source in sources]
-        self._released = False
-        self.fence_s = 0.0
-        views = [bits(source.view) for source in sources]
-        self._devices = {view.device for view in views} | set(devices)
-        pinned = any(device.type == "cuda" for device in self._devices)
-        self._data = arena.carve([view.numel() * view.itemsize for view in views], pinned=pinned)
-        for device in self._devices:
-            lanes.follow(device)
-        self._pieces: list[_Piece] = []
-        for source, view, memory in zip(sources, views, self._data, strict=True):
-            host = on_host(memory, view)
-            if source.owner is None:
-                host.copy_(view, non_blocking=True)
-            else:
-                self._pieces += [self._piece(source, live, part) for live, part in _cut(view, host, piece_bytes)]
-        self._pending = {id(piece.owner) for piece in self._pieces}
-        for device in self._devices:
-            lanes.follow(device)  # what was just enqueued on the current stream is drained with the lane
-
-    def _piece(self, source: Source, live: torch.Tensor, host: torch.Tensor) -> _Piece:
-        steps = self._steps(source.owner)
-        return _Piece(source.name, live, host, source.owner, steps, _version(source.view), sample(live))
-
-    @property
-    def nbytes(self) -> int:
-        return sum(memory.numel() for memory in self._data)
-
-    def data(self, index: int) -> torch.Tensor:
-        """The captured bytes of one source: 1-D uint8 in host memory."""
-        return self._data[index]
-
-    def run(self) -> None:
-        """Copy all that is pending and prove the whole. Raises what went wrong; the host bytes then mean nothing."""
-        for piece in self._pieces:
-            if self._take(piece):
-                self._copy(piece)
-        for device in self._devices:
-            self._lanes.drain(device, self._deadline)
-        self._await_copied(self._pieces)
-        with self._changed:
-            if self._error is not None:
-                raise self._error
-        for piece in self._pieces:
-            self._prove(piece)
-        self._pieces = []
-
-    def fence(self, owner: Any | None = None) -> None:
-        """Return when everything of `owner` (all owners: None) may change. Never raises: what fails here fails the
-        save.
-        """
-        self._released = self._released or owner is None
-        if not self._pending or (owner is not None and id(owner) not in self._pending):
-            return
-        began = time.perf_counter()
-        try:
-            pieces = [piece for piece in self._pieces if owner is None or piece.owner is owner]
-            for piece in pieces:
-                if self._take(piece):
-                    self._copy(piece)
-            self._await_copied(pieces)
-            for device in {piece.live.device for piece in pieces}:
-                self._lanes.hold_back(device)
-            self._pending = set() if owner is None else self._pending - {id(owner)}
-        except Exception as error:
-            self.fail(error)
-        finally:
-            self.fence_s += time.perf_counter() - began
-
-    def fail(self, error: Exception) -> None:
-        """Refuse this snapshot; the first reason counts."""
-        if not isinstance(error, DscheckError):
-            error = TornSnapshotError(f"the capture failed: {type(error).__name__}: {error}", tensor=None)
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
-
-    def _take(self, piece: _Piece) -> bool:
-        with self._changed:
-            if piece.phase is not _Phase.PENDING or self._error is not None:
-                return False
-            piece.phase = _Phase.TAKEN
-            return True
-
-    def _copy(self, piece: _Piece) -> None:
-        try:
-            with self._lanes.on(piece.live.device):
-                piece.host.copy_(piece.live, non_blocking=True)
-                piece.after = sample(piece.live)
-            if self._steps(piece.owner) != piece.steps:
-                raise _torn(piece.name, "its optimizer stepped before it was captured")
-            if _version(piece.live) != piece.version:
-                raise _torn(piece.name, "it was written to before it was captured")
-        except Exception as error:
-            self.fail(error)
-        with self._changed:
-            piece.phase = _Phase.COPIED
-            self._changed.notify_all()
-
-    def _await_copied(self, pieces: Sequence[_Piece]) -> None:
-        with self._changed:
-            done = self._changed.wait_for(
-                lambda: self._error is not None or all(piece.phase is _Phase.COPIED for piece in pieces),
-                timeout=max(0.0, self._deadline - time.monotonic()),
-            )
-        if not done:
-            left = next(piece.name for piece in pieces if piece.phase is not _Phase.COPIED)
-            raise DeadlineError(f"tensor '{left}' was not captured in time", phase="capture", waited_for=left)
-
-    def _prove(self, piece: _Piece) -> None:
-        assert piece.after is not None
-        before, after, captured = piece.before.cpu(), piece.after.cpu(), sample(piece.host)
-        if not torch.equal(before, captured) or not torch.equal(captured, after):
-            raise _torn(piece.name, "its values changed between save() and the end of its capture")
-
-    def late(
-        self, source: Source, region: torch.Tensor, before: torch.Tensor, steps: int, version: int | None
-    ) -> torch.Tensor:
-        """Capture one more source now, on the calling thread, as of the moment of construction.
-
-        For a rank that learns only from the plan that it writes `source`, part of `region`, of which `before` is the
-        sample of that moment, `steps` and `version` the counts. Raises TornSnapshotError unless all of them stand, and
-        nobody was told that the state may change.
-        """
-        view = bits(source.view)
-        memory = torch.empty(view.numel() * view.itemsize, dtype=torch.uint8)
-        self._lanes.follow(view.device)
-        with self._lanes.on(view.device):
-            on_host(memory, view).copy_(view)
-            after = sample(bits(region)).cpu()
-        counted = self._steps(source.owner) == steps if source.owner is not None else False
-        if self._released or not counted or _version(source.view) != version or not torch.equal(before.cpu(), after):
-            raise _torn(source.name, "this rank learned too late that it is the writer of it")
-        return memory
+def _first(plan: CapturePlan, owner: int) -> str:
+    found = np.flatnonzero(plan.pieces.owners == owner)
+    return plan.piece_names(int(found[0])) if len(found) else "a small tensor"
 
 
 def _torn(name: str, why: str) -> TornSnapshotError:
@@ -255,14 +310,3 @@ def _torn(name: str, why: str) -> TornSnapshotError:
         "Call `ckpt.fence()` before anything but an optimizer step changes the state",
         tensor=name,
     )
-
-
-def _cut(live: torch.Tensor, host: torch.Tensor, piece_bytes: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The two views in step, cut into parts of at most `piece_bytes` where the first dimension allows."""
-    if live.is_contiguous():
-        live, host = live.view(-1), host.view(-1)
-    if live.ndim == 0 or live.numel() * live.itemsize <= piece_bytes:
-        yield live, host
-        return
-    rows = max(1, piece_bytes // (live[0].numel() * live.itemsize))
-    yield from zip(torch.split(live, rows), torch.split(host, rows), strict=True)

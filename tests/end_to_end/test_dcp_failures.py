@@ -92,5 +92,5 @@ def test_6_a_failed_capture_is_said_by_the_future_of_capture(tmp_path: Path, mon
             with pytest.raises(TornSnapshotError, match="injected"):
                 handle.wait_captured()
 
-    monkeypatch.setattr(Capture, "run", broken)
+    monkeypatch.setattr(Capture, "wait", broken)
     assert outcomes(1, run) == [None]

@@ -1,0 +1,118 @@
+"""The memory and the threads that all captures of one rank share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from dscheck.config import Settings
+from dscheck.errors import ConfigError, DscheckError
+from dscheck.native import FROZEN, VOLATILE, Copier
+from dscheck.snapshot.capture import VERSION, Capture
+from dscheck.snapshot.plan import CapturePlan, Source
+
+_USABLE = 0.85  # of a window is counted on, as in csrc/core/copier.cpp
+
+
+class Capturer:
+    """Takes captures. Everything is ready ahead of time where `prepare` was called; else the first one waits for it.
+
+    The host region holds what one capture takes, or `host_memory_bytes`, whatever is less, and grows up to that budget
+    when several captures are under way. All methods are for the training thread but `close`.
+    """
+
+    def __init__(self, settings: Settings, steps: Callable[[Any], int]) -> None:
+        self._settings, self._steps = settings, steps
+        device_budget = settings.device_memory_bytes
+        self._copier = Copier(settings.copy_threads, None if device_budget == "auto" else device_budget)
+        self._spill = device_budget != 0
+        self.window_hint_s = 0.0
+        """Seconds from the end of an optimizer step to the next one on the device, until captures have measured it."""
+
+    def plan(
+        self,
+        locals: Sequence[torch.Tensor],
+        sources: Sequence[Source],
+        watched: Sequence[tuple[int, torch.Tensor]] = (),
+    ) -> CapturePlan:
+        """The plan of a structure under the budget. Raises ConfigError for a budget that can never work."""
+        settings = self._settings
+        budget = None if settings.host_memory_bytes == "auto" else settings.host_memory_bytes
+        return CapturePlan(
+            locals, sources, watched,
+            piece_bytes=settings.piece_bytes, block_bytes=settings.block_bytes,
+            host_budget=budget, check=settings.check_capture,
+        )  # fmt: skip
+
+    def prepare(self, plan: CapturePlan) -> None:
+        """Get host and device memory ready in the background. Raises ConfigError when the machine cannot have it."""
+        try:
+            self._copier.prepare(self._share(plan), plan.devices, self._excess(plan))
+        except MemoryError as error:
+            raise ConfigError(
+                f"{self._share(plan)} bytes of address space for captures are not to be had: lower host_memory_bytes"
+            ) from error
+
+    def room(self, plan: CapturePlan) -> bool:
+        """Whether all pieces would find their place now, with no wait for earlier captures to be written."""
+        if self._copier.has_room(plan.region_bytes):
+            return True
+        if self._copier.asked + plan.region_bytes <= self._budget(plan):
+            self._copier.prepare(self._copier.asked + plan.region_bytes, plan.devices, 0)
+            return True
+        # Less than one capture's size: it passes through, and never fits whole.
+        return plan.region_bytes > self._budget(plan) and self._copier.has_room(0)
+
+    def take(self, plan: CapturePlan, locals: Sequence[torch.Tensor], deadline: float) -> Capture:
+        """The state of this moment, up to `Capture.hold`, which must follow."""
+        self.prepare(plan)
+        copies = [copied.take(locals[copied.index]) for copied in plan.copied]
+        tensors = [*locals, *copies]
+        large = [tensors[index] for index in plan.large]
+        pointers = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.uint64, len(tensors))
+        versions = list(map(VERSION, (locals[index] for index in plan.versioned)))
+        streams = _streams(plan.devices)
+        owners, volatile = plan.pieces.owners, frozenset[int]()
+        if len(plan.unowned):
+            calm, owners = plan.calm(versions), owners.copy()
+            owners[plan.unowned] = np.where(calm, FROZEN, VOLATILE)
+            volatile = frozenset(plan.calm.places[~calm].tolist())
+        steps = [self._steps(owner) for owner in plan.owners]
+        try:
+            native = self._copier.take(
+                plan.shape, plan.pieces.addresses(pointers), owners,
+                plan.smalls.addresses(pointers), plan.watched.addresses(pointers), streams, self.window_hint_s,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise DscheckError(f"the capture could not begin: {error}") from error
+        held = list(map(torch.Tensor.untyped_storage, large))
+        return Capture(
+            self._copier, native, plan, self._steps, steps, versions, volatile, locals, held, copies, deadline
+        )
+
+    def close(self) -> None:
+        """End the threads and give all memory back, once no capture uses it any more."""
+        del self._copier
+
+    def _budget(self, plan: CapturePlan) -> int:
+        budget = self._settings.host_memory_bytes
+        return plan.region_bytes if budget == "auto" else budget
+
+    def _share(self, plan: CapturePlan) -> int:
+        return min(plan.region_bytes, self._budget(plan))
+
+    def _excess(self, plan: CapturePlan) -> int:
+        """Bytes that cannot leave a device between two steps, so far as that is known."""
+        if not self._spill or not plan.devices:
+            return 0
+        rate, window = self._copier.rate_and_window(plan.devices[0])
+        window = window or self.window_hint_s
+        unowned = int(plan.pieces.sizes[plan.unowned].sum())
+        return max(unowned, int(plan.large_on_device - _USABLE * rate * window)) if window else 0
+
+
+def _streams(devices: Sequence[int]) -> list[tuple[int, int]]:
+    return [(device, torch.cuda.current_stream(device).cuda_stream) for device in devices]
