@@ -36,8 +36,11 @@ class Fences:
         for optimizer in optimizers:
             if optimizer not in self._steps:
                 self._steps[optimizer] = 0
-                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-                self._handles.append(optimizer.register_step_post_hook(self._after_step))
+                # A compiled step would compile the hooks as well, and what they call, anew for each kind of save.
+                before = torch.compiler.disable(self._before_step)  # type: ignore[no-untyped-call]
+                after = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
+                self._handles.append(optimizer.register_step_pre_hook(before))
+                self._handles.append(optimizer.register_step_post_hook(after))
                 self._handles.append(optimizer.register_load_state_dict_pre_hook(self._before_optimizer_load))
         for module in modules:
             if module not in self._modules:

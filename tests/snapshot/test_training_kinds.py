@@ -83,6 +83,22 @@ def test_saves_on_random_steps_commit_the_state_of_their_moment(kind: str, devic
     saving.check(KINDS[kind](device))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_compiled_step_is_not_compiled_anew_for_a_save(device: str, tmp_path: Path) -> None:
+    """The compiler sees that there are hooks, and nothing of what they do."""
+    saving = Saving(tmp_path, training.compiled(device))
+    saving.train()
+    saving.save()
+    saving.train(2)
+    frames = torch._dynamo.utils.counters["frames"]
+    before = frames["total"]
+    for _ in range(3):
+        saving.save()
+        saving.train(2)
+    assert frames["total"] == before
+    saving.check(training.compiled(device))
+
+
 @pytest.mark.gpu
 def test_capturable_adamw_commits_the_state_of_its_moment(tmp_path: Path) -> None:
     saving = Saving(tmp_path, stepped_by(adamw(capturable=True), "cuda"))
