@@ -18,8 +18,7 @@ from dscheck.layout.region import Region
 from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.manifest.plan import Plan
 from dscheck.ranks.base import Ranks
-from dscheck.save.claims import Claim, RankClaims, share_of
-from dscheck.save.claims import watch
+from dscheck.save.claims import Claim, RankClaims, share_of, watch
 from dscheck.save.merge import compare, merge
 from dscheck.state import FlatState, Proof, TensorLeaf
 from tests.end_to_end.worlds import fresh, job, load, open_on
