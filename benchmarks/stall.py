@@ -33,6 +33,8 @@ STATE_BYTES = 15_800_000_000
 # A step that is being written while the one before it is not removed yet.
 ROOM_BYTES = 2 * STATE_BYTES
 RANK_BYTES = 8 << 30
+# Less is captured before an all-reduce begins.
+TINY_RANK_BYTES = 256 << 20
 
 
 class Run:
@@ -72,7 +74,7 @@ class Run:
 
     def ranks(self) -> None:
         log = self.work / "ranks.txt"
-        nbytes = 1 << 20 if self.given.tiny else RANK_BYTES
+        nbytes = TINY_RANK_BYTES if self.given.tiny else RANK_BYTES
         arguments = (self.work, self.given.device, nbytes)
         row: dict[str, Any] = {"part": "ranks", "row": "ranks"}
         try:

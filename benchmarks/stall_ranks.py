@@ -38,10 +38,10 @@ class Sharded:
 
     def __init__(self, device: torch.device, nbytes: int, *, tiny: bool) -> None:
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        each = 4096 if tiny else WEIGHT_BYTES
+        each = 1 << 20 if tiny else WEIGHT_BYTES
         self.device = device
-        self.operations = 8 if tiny else OPERATIONS
-        self.reduced = torch.ones((1 << 16 if tiny else REDUCED_BYTES) // 4, device=device)
+        self.operations = 64 if tiny else OPERATIONS
+        self.reduced = torch.ones((1 << 12 if tiny else REDUCED_BYTES) // 4, device=device)
         self.module = nn.Module()
         for number in range(max(1, nbytes // (3 * each))):
             local = torch.randn(each // 4, device=device)
@@ -55,22 +55,21 @@ class Sharded:
         return {"model": self.module, "optimizer": self.optimizer}
 
     def train_step(self, timeline: Timeline | None = None) -> None:
+        """All-reduces, each marked by the end of the one before and its own, then the optimizer's step."""
+        if timeline is not None:
+            timeline.mark()
         for _ in range(self.operations):
             dist.all_reduce(self.reduced, op=dist.ReduceOp.MAX)
             if timeline is not None:
                 timeline.mark()
         self.optimizer.step()
-        if timeline is not None:
-            timeline.mark()
         self.steps += 1
 
     def spans(self, moments: list[float]) -> list[Span]:
-        """Of a step's marks, the all-reduces that have another one right before them."""
-        per_step = self.operations + 1
+        """The all-reduces of some steps' marks."""
         found = []
-        for start in range(0, len(moments), per_step):
-            ends = moments[start : start + self.operations]
-            found += [Span(one, other) for one, other in itertools.pairwise(ends)]
+        for start in range(0, len(moments), self.operations + 1):
+            found += [Span(*pair) for pair in itertools.pairwise(moments[start : start + self.operations + 1])]
         return found
 
 
@@ -94,9 +93,11 @@ def measure(job: Sharded, folder: Path) -> dict[str, float]:
                 job.train_step(timeline)
             spans = job.spans(timeline.moments())
             handle.wait()
-            captured = handle.began + (handle.stats.captured_s or 0.0)
-            during += [span for span in spans if span.began >= handle.began and span.ended <= captured]
+            capture = Span(handle.began, handle.began + (handle.stats.captured_s or 0.0))
+            during += [span for span in spans if span.meets(capture)]
         plain += _plain(job)
+    if not during:
+        raise RuntimeError("the captures were over before an all-reduce began: give the ranks more bytes")
     without, within = (statistics.median(span.ended - span.began for span in spans) for spans in (plain, during))
     factor = 2 * (dist.get_world_size() - 1) / dist.get_world_size()
     return {

@@ -17,6 +17,7 @@ import torch
 from benchmarks import prototypes
 from benchmarks.launch import REPOSITORY, run_ranks
 from benchmarks.sink import SinkStorage
+from benchmarks.stall import TINY_RANK_BYTES
 from benchmarks.stall_cost import measure
 from benchmarks.stall_job import TINY, Training
 from benchmarks.stall_often import Span, by_drain
@@ -196,7 +197,7 @@ def test_stall_measures_all_parts_and_leaves_nothing_behind(tmp_path: Path) -> N
 
 def test_all_reduces_are_measured_on_two_ranks(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    status = run_ranks(2, "benchmarks.stall_ranks", [tmp_path, "cpu", 1 << 20], log=log, timeout_s=120)
+    status = run_ranks(2, "benchmarks.stall_ranks", [tmp_path, "cpu", TINY_RANK_BYTES], log=log, timeout_s=120)
     assert status == 0, log.read_text()
     measured = json.loads((tmp_path / "ranks.json").read_text())
     assert measured["ranks"] == 2
