@@ -322,6 +322,18 @@ def test_a_module_that_decides_what_it_stores_is_asked_each_time(build: Callable
     assert live.walks == 2
 
 
+@pytest.mark.parametrize("register", ["register_state_dict_post_hook", "register_state_dict_pre_hook"])
+def test_a_hook_put_on_a_module_later_is_noticed(register: str) -> None:
+    """What it does is unknown: the module is asked each time from then on."""
+    model = nn.Linear(2, 2)
+    live = Counted({"model": model}, rank=0, world=1)
+    live.flatten()
+    getattr(model, register)(lambda *_: None)
+    live.flatten()
+    live.flatten()
+    assert live.walks == 3
+
+
 def test_a_state_dict_put_on_a_module_later_is_noticed() -> None:
     model = nn.Linear(2, 2)
     live = LiveState({"model": model}, rank=0, world=1)

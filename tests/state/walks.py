@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from dscheck.state import FlatState, LiveState
 from dscheck.state.survey import Survey
@@ -51,10 +52,16 @@ def walks_after(change: Callable[[State], Any], state: State) -> int:
     first = live.flatten()
     again = live.flatten()
     assert (live.walks, again.tensors is first.tensors) == (1, True)
-    kept = change(state)
+    # That something is gone must not be all that tells.
+    kept = [first, *state.values(), *_modules(state), *(getattr(item, "optimizer", None) for item in state.values())]
+    kept.append(change(state))
     assert_same(live.flatten(), LiveState(state, rank=0, world=1).flatten())
     walks = live.walks - 1
     assert_same(live.flatten(), LiveState(state, rank=0, world=1).flatten())
     assert live.walks - 1 == walks, "a second flatten after the change looked at the structure of before"
     del kept
     return walks
+
+
+def _modules(state: State) -> list[nn.Module]:
+    return [child for value in state.values() if isinstance(value, nn.Module) for child in value.modules()]
