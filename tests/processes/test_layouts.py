@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 from dscheck import Checkpointer
-from dscheck.snapshot import Capture
 from tests.processes.pool import Job
 from tests.processes.roots import newest
 from tests.processes.training import Kind, build, whole
@@ -26,9 +24,6 @@ STEP = 3
 
 def save(rank: int, layout: str, kind: Kind, root: str) -> Any:
     """Train, save, and train on at once; what was held at the save, and the losses after it."""
-    # The background comes late, so that the optimizer's step finds everything still to be captured.
-    in_time = Capture.run
-    Capture.run = lambda capture: (time.sleep(0.3), in_time(capture))[1]  # type: ignore[method-assign]
     training = build(layout, kind, seed=1)
     with Checkpointer(root, training.state, timeout_s=60.0) as ckpt:
         for _ in range(STEP):
