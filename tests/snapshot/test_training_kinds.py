@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from dscheck import Checkpointer
+from tests.forkserver import CONTEXT
 from tests.snapshot import training
 from tests.snapshot.training import Job, adamw, differences, image, layers, loss_of, momentum, stepped_by
 
@@ -329,18 +330,9 @@ def test_quantized_moments_commit_the_state_of_their_moment(name: str, device: s
         saving.check(fresh)
 
 
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+def train_fully_sharded(root: Path, device: str) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_fully_sharded_state_on_the_host_is_saved_as_it_was(device: str, tmp_path: Path, one_rank: None) -> None:
-    """FSDP2 with CPU offload: DTensors whose local tensors, gradients and moments lie on the host."""
 
     def sharded() -> Job:
         model = layers().to(device)
@@ -356,10 +348,21 @@ def test_fully_sharded_state_on_the_host_is_saved_as_it_was(device: str, tmp_pat
 
         return Job({"model": model, "optimizer": optimizer}, step)
 
-    saving = Saving(tmp_path, sharded())
+    saving = Saving(root, sharded())
     for _ in range(3):
         saving.train()
         saving.save()
     saving.train()
     assert {parameter.device.type for parameter in saving.job.state["model"].parameters()} == {"cpu"}
     saving.check(sharded())
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_fully_sharded_state_on_the_host_is_saved_as_it_was(device: str, tmp_path: Path) -> None:
+    """FSDP2 with CPU offload: DTensors whose local tensors, gradients and moments lie on the host.
+
+    In a process of its own: DTensor's caches know the mesh for the rest of a process, its forks included.
+    """
+    with CONTEXT.Pool(1, maxtasksperchild=1) as pool:
+        pool.apply_async(train_fully_sharded, (tmp_path, device)).get(timeout=120)

@@ -55,14 +55,23 @@ def forked(count: int, run: Callable[[int], T]) -> list[T]:
     context = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(count)]
     processes = [context.Process(target=_child, args=(rank, run, pipes[rank][1])) for rank in range(count)]
-    for process in processes:
+    for process, (_, sender) in zip(processes, pipes, strict=True):
         process.start()
-    answers = [pickle.loads(receiver.recv_bytes()) for receiver, _ in pipes]
+        sender.close()  # so that nothing waits for one that has crashed
+    answers = [_answer(receiver) for receiver, _ in pipes]
     for process in processes:
         process.join()
     for rank, (error, _) in enumerate(answers):
-        assert error is None, f"rank {rank}: {error}"
+        assert error is None, f"rank {rank}, exit code {processes[rank].exitcode}: {error}"
     return [result for _, result in answers]
+
+
+def _answer(receiver: Any) -> tuple[str | None, Any]:
+    try:
+        answer: tuple[str | None, Any] = pickle.loads(receiver.recv_bytes())
+    except EOFError:
+        return "ended without an answer", None
+    return answer
 
 
 def on_rank(rank: int, world: int, run: Callable[[int], T]) -> T:
