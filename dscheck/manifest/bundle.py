@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dscheck.manifest.fields import VERSION, Fields
+from dscheck.manifest.later import make_now
 from dscheck.manifest.text import seal, unseal
 
 Options = Mapping[str, Mapping[str, Any]]
@@ -20,7 +21,7 @@ Options = Mapping[str, Mapping[str, Any]]
 def encode_objects(objects: Mapping[str, Any], options: Options | None = None) -> bytes:
     """The text of objects by path and of options, both in the tagged form of objects.py.
 
-    Equal ones give equal text, unless dicts in them differ in order.
+    Equal ones give equal text, unless dicts in them differ in order. What is made later is made now.
     """
     grouped = {name: _grouped(parameters) for name, parameters in sorted((options or {}).items())}
     members = {"objects": dict(sorted(objects.items())), "options": grouped}
@@ -39,13 +40,16 @@ def decode_objects(data: bytes, key: str) -> tuple[dict[str, Any], dict[str, dic
 
 
 def _grouped(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    texts = {id(options): options for options in parameters.values()}  # one object a group, mostly
+    encoded = {key: json.dumps(options, default=make_now) for key, options in texts.items()}
     groups: list[Any] = []
     numbers: dict[str, int] = {}
     members = {}
     for name, options in sorted(parameters.items()):
-        members[name] = numbers.setdefault(json.dumps(options), len(groups))
+        text = encoded[id(options)]
+        members[name] = numbers.setdefault(text, len(groups))
         if members[name] == len(groups):
-            groups.append(options)
+            groups.append(json.loads(text))
     return {"groups": groups, "parameters": members}
 
 

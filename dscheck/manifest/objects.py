@@ -15,18 +15,23 @@ from typing import Any
 from dscheck.errors import StateError
 from dscheck.manifest.arrays import Array, from_numpy, to_json, to_text
 from dscheck.manifest.bundle import decode_objects, encode_objects
+from dscheck.manifest.later import Later, make_now
 from dscheck.manifest.tags import FACTORIES, MAX_DEPTH, decode_object
 
-__all__ = ["Array", "decode_object", "decode_objects", "encode_object", "encode_objects"]
+__all__ = ["Array", "Later", "decode_object", "decode_objects", "encode_object", "encode_objects"]
 
 _MAPPINGS: dict[type, str] = {dict: "dict", OrderedDict: "OrderedDict", Counter: "Counter", defaultdict: "defaultdict"}
 _SEQUENCES: dict[type, str] = {tuple: "tuple", set: "set", frozenset: "frozenset", deque: "deque"}
 
 
-def encode_object(value: Any, path: str, array: Callable[[Any, str], Array | None] | None = None) -> Any:
+MakeArray = Callable[[Any, str], Array | Later | None]
+
+
+def encode_object(value: Any, path: str, array: MakeArray | None = None) -> Any:
     """A JSON value that shares nothing with `value` and decodes to its equal, type by type.
 
-    `array` is asked about every value of a type not known here, with its path; None says that it knows it neither.
+    `array` is asked about every value of a type not known here, with its path; None says that it knows it neither, and
+    what it makes later stands in the result as it is.
     Raises StateError with `path` ("scheduler['milestones'][3]") and the type for what cannot be stored: other types,
     subclasses, cycles, nesting beyond MAX_DEPTH.
     """
@@ -34,7 +39,7 @@ def encode_object(value: Any, path: str, array: Callable[[Any, str], Array | Non
 
 
 class _Encoder:
-    def __init__(self, path: str, array: Callable[[Any, str], Array | None] | None) -> None:
+    def __init__(self, path: str, array: MakeArray | None) -> None:
         self._path, self._array = path, array
         self._keys: list[Any] = []
         self._open: set[int] = set()
@@ -56,6 +61,8 @@ class _Encoder:
         found = from_numpy(value) or (self._array(value, self._where()) if self._array else None)
         if found is None:
             raise self._refusal(value, "cannot be stored plainly")
+        if isinstance(found, Later):
+            return found
         return {"$": "array", **to_json(found)}
 
     def _container(self, value: Any, kind: type) -> Any:
@@ -75,7 +82,7 @@ class _Encoder:
         items = self._items(value)
         if kind in (set, frozenset):
             # A set has no order: one that all ranks and runs agree on keeps equal sets equal as text.
-            items.sort(key=json.dumps)
+            items.sort(key=lambda item: json.dumps(item, default=make_now))
         tagged = {"$": _SEQUENCES[kind], "v": items}
         return {**tagged, "maxlen": value.maxlen} if kind is deque else tagged
 

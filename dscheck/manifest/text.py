@@ -9,6 +9,7 @@ import re
 from typing import Any, NoReturn
 
 from dscheck.errors import CorruptCheckpointError
+from dscheck.manifest.later import make_now
 
 LIMIT_BYTES = 64 * 1024
 """The largest record, tombstone or term: read by every rank, so it must stay one small read."""
@@ -29,7 +30,8 @@ def seal(body: dict[str, Any]) -> bytes:
     if not body or "sha256" in body:
         raise ValueError("a sealed body has members, and none of them is called 'sha256'")
     members = {name: body[name] for name in sorted(body)}
-    text = json.dumps(members, separators=(",", ":"), ensure_ascii=True, allow_nan=False)[:-1].encode("ascii")
+    body_text = json.dumps(members, separators=(",", ":"), ensure_ascii=True, allow_nan=False, default=make_now)
+    text = body_text[:-1].encode("ascii")
     return text + f'{_SEAL}"{hashlib.sha256(text).hexdigest()}"}}\n'.encode("ascii")
 
 

@@ -48,7 +48,8 @@ class FlatState:
     `locals`: this rank's live memory of each of `tensors`, or a copy where its bytes are not its values (a lazily
     conjugated view). `ours`: plain objects by path that should be equal on all ranks; `mine`: what belongs to this rank
     alone (RNG, `per_rank`). `options`: optimizer name → parameter name → the options of the parameter's group.
-    Objects are already in the tagged plain form of manifest/objects.py, so they cannot change any more.
+    Objects are in the tagged plain form of manifest/objects.py, some parts of it still to be made (`Later`), but from
+    values taken by now: they cannot change any more.
     `mesh`: this rank's coordinate on each named dimension of the device meshes met, for the map of who held what.
     """
 

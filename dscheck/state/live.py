@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from dscheck.errors import ConfigError
-from dscheck.manifest.objects import encode_object
+from dscheck.manifest.objects import Later, encode_object
 from dscheck.state import rng as streams
 from dscheck.state.flattening import Flattening
 from dscheck.state.leaf import FlatState
@@ -42,7 +42,7 @@ class LiveState:
         tensors lie in memory. No collective, no optimizer step, nothing resharded. Raises StateError by path.
         """
         # Random streams come first: a state_dict of the user's may draw from them.
-        mine = {streams.KEY: encode_object(streams.capture(), streams.KEY)} if self.rng else {}
+        mine: dict[str, Any] = {streams.KEY: _later(streams.capture())} if self.rng else {}
         flat = FlatState(mine={**mine})
         if self._structure is not None and self._structure.flatten(flat):
             return flat
@@ -64,3 +64,7 @@ class LiveState:
     def prepare(self, saved: SavedState, only: Sequence[str] | None = None, strict: bool = True) -> Restore:
         """See `Restore`. Touches nothing live."""
         return prepare(self.survey(), saved, rank=self.rank, world=self.world, rng=self.rng, only=only, strict=strict)
+
+
+def _later(described: Callable[[], dict[str, Any]]) -> Later:
+    return Later(lambda: encode_object(described(), streams.KEY))

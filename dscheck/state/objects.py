@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dscheck.errors import CorruptCheckpointError, StateError
 from dscheck.manifest.dtypes import ITEMSIZE
-from dscheck.manifest.objects import Array, decode_object, encode_object
+from dscheck.manifest.objects import Array, Later, decode_object, encode_object
 from dscheck.state.tensors import alias, dtype_name, is_wrapper, local_of, refuse_unstorable, torch_dtype
 from dscheck.state.wrappers import KEY as WRAPPER
 
@@ -130,14 +130,30 @@ def _liftable(item: Any) -> torch.Tensor | None:
     return None
 
 
-def to_array(value: Any, path: str) -> Array | None:
-    """A torch tensor in neutral form; None for what is no tensor. Raises StateError for what cannot be stored."""
+def to_array(value: Any, path: str) -> Array | Later | None:
+    """A torch tensor in neutral form; None for what is no tensor. Raises StateError for what cannot be stored.
+
+    One on a device is copied there, in the order of its stream, and read later: no call waits for the device here.
+    """
     if not isinstance(value, torch.Tensor):
         return None
     refuse_unstorable(value, path)
-    local = alias(value).cpu().contiguous()
+    dtype, local = dtype_name(value.dtype, path), alias(value)
+    if local.device.type != "cpu":
+        return _read_later(local, path)
+    local = local.contiguous()
     data = local.reshape(-1).view(torch.uint8).numpy().tobytes() if local.numel() else b""
-    return Array("torch", dtype_name(local.dtype, path), tuple(local.shape), data)
+    return Array("torch", dtype, tuple(local.shape), data)
+
+
+def _read_later(local: torch.Tensor, path: str) -> Later:
+    copied, copying = local.clone(), torch.accelerator.current_stream(local.device).record_event()
+
+    def read() -> Any:
+        copying.synchronize()
+        return encode_object(copied.cpu(), path, to_array)
+
+    return Later(read)
 
 
 def from_array(array: Array) -> torch.Tensor:

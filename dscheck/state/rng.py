@@ -16,24 +16,40 @@ KEY = "dscheck.rng"
 _SAMPLED_RANKS = 64
 
 
-def capture() -> dict[str, Any]:
-    """The state of every stream, as plain data. An accelerator that the process has not used yet has none."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
-        "python": {"version": version, "words": np.array(words, np.uint32).tobytes(), "gauss": gauss},
-        "numpy": {
-            "kind": str(kind),
-            "keys": np.asarray(keys, np.uint32).tobytes(),
-            "position": int(position),
-            "has_gauss": int(has_gauss),
-            "cached": float(cached),
-        },
-        "torch": torch.get_rng_state().numpy().tobytes(),
+def capture() -> Callable[[], dict[str, Any]]:
+    """Take the state of every stream now; what is returned makes it plain data, at any time and on any thread.
+
+    An accelerator that the process has not used yet has none.
+    """
+    python, legacy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    device = _accelerator()
+    states = [] if device is None else [_module(at).get_rng_state(at) for at in _from_current(device)]
+
+    def described() -> dict[str, Any]:
+        state = {"python": _python(*python), "numpy": _numpy(*legacy), "torch": _bytes(cpu)}
+        if device is not None:
+            state["accelerator"] = {"kind": device.type, "states": [_bytes(found) for found in states]}
+        return state
+
+    return described
+
+
+def _python(version: int, words: tuple[int, ...], gauss: float | None) -> dict[str, Any]:
+    return {"version": version, "words": np.array(words, np.uint32).tobytes(), "gauss": gauss}
+
+
+def _numpy(kind: Any, keys: Any, position: Any, has_gauss: Any, cached: Any) -> dict[str, Any]:
+    return {
+        "kind": str(kind),
+        "keys": np.asarray(keys, np.uint32).tobytes(),
+        "position": int(position),
+        "has_gauss": int(has_gauss),
+        "cached": float(cached),
     }
-    if (device := _accelerator()) is not None:
-        state["accelerator"] = {"kind": device.type, "states": [_read(at) for at in _from_current(device)]}
-    return state
+
+
+def _bytes(state: torch.Tensor) -> bytes:
+    return state.cpu().numpy().tobytes()
 
 
 def restore(saved: Mapping[str, Any]) -> bool:
@@ -127,11 +143,6 @@ def _as_tensor(state: bytes) -> torch.Tensor:
 
 def _module(device: torch.device) -> Any:
     return getattr(torch, device.type)
-
-
-def _read(device: torch.device) -> bytes:
-    state: torch.Tensor = _module(device).get_rng_state(device)
-    return state.cpu().numpy().tobytes()
 
 
 def _accelerator() -> torch.device | None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from dscheck.errors import CorruptCheckpointError, StateError
 from dscheck.manifest.arrays import NUMPY_DTYPES
 from dscheck.manifest.dtypes import ITEMSIZE
-from dscheck.manifest.objects import Array, decode_object, decode_objects, encode_object, encode_objects
+from dscheck.manifest.objects import Array, Later, decode_object, decode_objects, encode_object, encode_objects
 from dscheck.manifest.tags import MAX_DEPTH
 from dscheck.manifest.text import seal, unseal
 from tests.manifest import plain_reader
@@ -164,6 +164,21 @@ def test_what_is_encoded_shares_nothing_with_the_live_object() -> None:
     live["a"].append(2)
     live["b"][0] = 7
     assert same(decode_object(tagged), {"a": [1], "b": np.zeros(2)})
+
+
+def test_what_is_made_later_is_made_where_it_is_written() -> None:
+    made: list[str] = []
+
+    def later(value: Any, path: str) -> Later | None:
+        return Later(lambda: made.append(path) or encode_object((1, 2), path))
+
+    encoded = encode_object({"a": [object()], "b": {object()}}, "x", later)
+    options = {"adam": dict.fromkeys(("p", "q"), encode_object({"lr": object()}, "lr", later))}
+    assert made == ["x['b'][0]"]  # a set is put in order by its text
+    objects, read = decode_objects(encode_objects({"x": encoded}, options), "data")
+    assert decode_object(objects["x"]) == {"a": [(1, 2)], "b": {(1, 2)}}
+    assert decode_object(read["adam"]["q"]) == {"lr": (1, 2)}
+    assert made[1:] == ["lr['lr']", "x['a'][0]", "x['b'][0]"]
 
 
 def test_decoded_arrays_are_writable() -> None:

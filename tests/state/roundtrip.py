@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from dscheck.layout.region import Region
+from dscheck.manifest.later import make_now
 from dscheck.state import FlatState, LiveState, Part, Restore, SavedState, SavedTensor
 from dscheck.state.tensors import torch_dtype
 
@@ -50,7 +51,6 @@ def save(states: Mapping[str, Any] | Sequence[FlatState], **settings: Any) -> Ch
     written: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     for rank, flat in enumerate(flats):
-        json.dumps([flat.ours, flat.mine, flat.options], allow_nan=False)
         for leaf, local in zip(flat.tensors, flat.locals, strict=True):
             shape = leaf.cut.shape
             whole = tensors.setdefault(leaf.name, zeros(shape, torch_dtype(leaf.dtype)))
@@ -61,7 +61,14 @@ def save(states: Mapping[str, Any] | Sequence[FlatState], **settings: Any) -> Ch
                 _copy(leaf.cut.parts(local), whole, count)
     holes = [name for name, count in written.items() if count.numel() and count.min() < 1]
     assert not holes, f"not covered: {holes}"
-    return Checkpoint(tensors, aliases, [FlatState([], [], f.ours, f.mine, f.options, f.mesh) for f in flats])
+    return Checkpoint(tensors, aliases, [FlatState([], [], *_as_text(flat), flat.mesh) for flat in flats])
+
+
+def _as_text(flat: FlatState) -> list[Any]:
+    """Objects and options as they come back from storage."""
+    written = json.dumps([flat.ours, flat.mine, flat.options], allow_nan=False, default=make_now)
+    read: list[Any] = json.loads(written)
+    return read
 
 
 def parts(flat: FlatState) -> dict[str, tuple[Part, ...]]:

@@ -10,6 +10,10 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from dscheck.manifest.later import make_now
+from dscheck.manifest.objects import decode_object
+from dscheck.state import LiveState
+from dscheck.state.objects import from_array
 from tests.state.roundtrip import load, save
 
 pytestmark = [
@@ -101,6 +105,21 @@ def test_tensors_of_an_object_come_back_to_the_device_they_lie_on(count: int) ->
     load(checkpoint, {"holder": other})
     assert other.value.is_cuda
     assert other.value.unique().tolist() == [1.0]
+
+
+def test_options_and_objects_on_the_device_are_those_of_the_call_which_waits_for_no_kernel() -> None:
+    lr = torch.tensor(0.5, device="cuda")
+    model = nn.Linear(2, 2, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, capturable=True)
+    live = LiveState({"model": model, "optimizer": optimizer, "holder": Holder(lr)}, rank=0, world=1)
+    live.flatten()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1 << 28)
+    flat = live.flatten()
+    assert not torch.cuda.current_stream().query()
+    lr.fill_(1.0)
+    for stored in (flat.options["optimizer"]["model.weight"]["lr"], flat.ours["holder"]["value"]):
+        assert decode_object(make_now(stored), array=from_array).item() == 0.5
 
 
 def test_a_generator_of_the_device_goes_on() -> None:
