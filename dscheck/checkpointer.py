@@ -102,10 +102,13 @@ class Checkpointer:
     def save(self, step: int) -> SaveHandle:
         """Start to save the state of this moment as `step`, and return at once.
 
+        Earlier saves may still be under way. It waits for them only where the capture finds no room, or where the ranks
+        have not agreed yet on a plan for a state of this structure; the handle's statistics say how long.
         Raises what is wrong with the call or the state, before anything is captured, and then tells the other ranks:
-        ConfigError (a step that does not exceed the last one), StateError (what cannot be stored plainly, by path),
-        CheckpointExistsError, UnusableStateError; with `on_failure="raise"` also the error of the last save. Any later
-        fault shows on the handle and in a warning, and leaves the last committed step as it was (C8).
+        ConfigError (a step that does not exceed the last one, those under way included), StateError (what cannot be
+        stored plainly, by path), CheckpointExistsError, UnusableStateError; with `on_failure="raise"` also the first
+        error of an earlier save that was not raised yet. Any later fault shows on the handle and in a warning, and
+        leaves the last committed step as it was (C8).
         """
         began = time.monotonic()
         self._refuse_closed("save")
@@ -182,7 +185,7 @@ class Checkpointer:
         self._fences.fence()
 
     def close(self, *, abort: bool = False) -> None:
-        """Wait for the last save (`abort`: give it up and tell the others), and let go of hooks, threads and ranks."""
+        """Wait for all saves (`abort`: give them up and tell the others), and let go of hooks, threads and ranks."""
         if self._closed:
             return
         self._closed = True

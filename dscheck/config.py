@@ -41,7 +41,8 @@ class Settings:
     """How a Checkpointer behaves; every field is a keyword argument of it.
 
     timeout_s: deadline of one save or load, fence included; no wait is longer (C7).
-    when_busy: an earlier save is unfinished: "wait" for it inside `save()`, or "skip" the step on all ranks.
+    when_busy: earlier saves are unfinished and leave no room: "wait" for it inside `save()`, or "skip" the step on all
+    ranks.
     on_failure: a save failed in the background: "warn", or also "raise" at the next call.
     replicas: ranks claim one plain tensor: "equal" refuses them when they differ, "first" takes the lowest rank's.
     fresh: start a new history in a root that has commits, instead of refusing to save before a load.

@@ -99,7 +99,7 @@ class UnusableStateError(DscheckError):
 
 
 class SaveSkippedError(DscheckError):
-    """The step was skipped because an earlier save was still under way and `when_busy="skip"` was set."""
+    """The step was skipped: earlier saves under way left no room for it, and `when_busy="skip"` was set."""
 
 
 class DeadlineError(DscheckError, TimeoutError):

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -113,7 +114,8 @@ class Pipeline:
         if not capture.release():
             self._broken = True  # a copy that hangs still writes to the region
         attempt.handle.stats.stall_s |= {"fence": capture.fence_s, "host_memory": capture.host_memory_s}
-        attempt.spans = capture.spans
+        if attempt.trace.on:
+            attempt.spans = capture.spans
 
     def stop(self, reason: DscheckError) -> None:
         """Every attempt fails by `reason` as soon as its thread looks."""
@@ -131,8 +133,9 @@ class Pipeline:
         """Let the threads end when they have done all that was put in, and wait so long for them."""
         self._captures.put(None)
         self._saves.put(None)
+        until = time.monotonic() + patience_s
         for thread in self._threads:
-            thread.join(patience_s)
+            thread.join(max(0.0, until - time.monotonic()))
         if not self._threads:
             self.capturer.close()
 

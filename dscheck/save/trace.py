@@ -39,14 +39,18 @@ class Trace:
         self._folder, self._step, self._rank = folder, step, rank
         self._spans: list[OpenSpan] = []
 
+    @property
+    def on(self) -> bool:
+        return self._folder is not None
+
     def span(self, name: str, nbytes: int = 0) -> AbstractContextManager[None]:
         """Times what runs in it, on the track of the calling thread."""
-        return _OFF if self._folder is None else self._timed(name, nbytes)
+        return self._timed(name, nbytes) if self.on else _OFF
 
     def open(self, track: str, name: str, began: float, nbytes: int = 0) -> OpenSpan:
         """A span that the caller ends; one that is open when the trace is written is marked as unfinished."""
         span = OpenSpan(track, name, began, nbytes)
-        if self._folder is not None:
+        if self.on:
             self._spans.append(span)
         return span
 
