@@ -78,9 +78,10 @@ class Bench:
 
     def training(self) -> Training:
         """The large model, with the optimizer's state made and everything warm."""
-        fixed = self.options.batch or (2 if self.options.tiny else 0)
-        job = Training(self.shape, fixed or fitting_batch(self.shape, self.device), self.device)
+        batch = self.options.batch or (2 if self.options.tiny else fitting_batch(self.shape, self.device))
+        # Of the models that were tried out: two large ones do not fit.
         self.free()
+        job = Training(self.shape, batch, self.device)
         job.run(3)
         self.say(f"{job.nbytes() / 1e9:.2f} GB of state, batch {job.batch}")
         return job
