@@ -54,13 +54,17 @@ class Pipeline:
 
     @property
     def works(self) -> bool:
-        """Whether its threads live, which start with the first attempt, and its memory is its own."""
+        """Whether its threads live, if they were started, and its memory is its own."""
         return not self._broken and all(thread.is_alive() for thread in self._threads)
+
+    def start(self) -> None:
+        """Start the threads, unless they run: some milliseconds that a first save would else cost training."""
+        if not self._threads:
+            self._threads = [self._thread("dscheck-capture", self._follow), self._thread("dscheck-save", self._work)]
 
     def put(self, attempt: Attempt) -> None:
         """Take it through after all that were put before. One that has ended only tells the others, and its trace."""
-        if not self._threads:
-            self._threads = [self._thread("dscheck-capture", self._follow), self._thread("dscheck-save", self._work)]
+        self.start()
         self._captures.put(attempt)
         self._saves.put(attempt)
 

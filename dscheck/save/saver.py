@@ -60,7 +60,8 @@ class Saver:
         self._pipeline.standing.confirmed = self._pipeline.superseded = None
 
     def prepare(self, flat: FlatState) -> None:
-        """Get memory and plan ready for saves of this structure, ahead of the first one."""
+        """Get threads, memory and plan ready for saves of this structure, ahead of the first one."""
+        self._pipeline.start()
         self._pipeline.capturer.prepare(self._shares(self._holdings_of(flat), flat).plan)
 
     def save(self, step: int, flat: FlatState, began: float) -> SaveHandle:
