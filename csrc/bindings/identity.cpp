@@ -4,74 +4,27 @@
 #include <utility>
 #include <vector>
 
-#include "bindings/weak.h"
+#include "bindings/node.h"
 
 // Tells in one call whether a graph of Python objects is still what it was: 10 ns an entry, where Python takes 300.
 //
 // A record keeps nothing alive but types, texts and numbers. What stands for itself (a tensor, a module, an optimizer)
-// is held weakly, and is the same if that reference still leads to it. Dicts and lists have no weak references and need
-// none: each look reaches them anew from the object that holds them, and they are the same if all that they hold is.
+// is held weakly, and is the same if that reference still leads to it. An address alone would not do, as another object
+// may be made there: it serves only (`At`) where something else in the record tells that the object is alive. Dicts and
+// lists have no weak references and need none: each look reaches them anew from the object that holds them, and they
+// are the same if all that they hold is.
 
 namespace nb = nanobind;
 
 namespace dscheck {
 namespace {
 
-class Node {
- public:
-  virtual ~Node() = default;
-  // Whether `value` is as recorded. Puts what the caller asked for into `wanted`, by name.
-  virtual bool same(nb::handle value, nb::dict& wanted) const = 0;
-};
-
-// A node of the record with the Python object that owns it.
-class Child {
- public:
-  explicit Child(nb::object owner) : owner_(std::move(owner)), node_(nb::cast<const Node*>(owner_)) {}
-  bool same(nb::handle value, nb::dict& wanted) const { return node_->same(value, wanted); }
-
- private:
-  nb::object owner_;
-  const Node* node_;
-};
-
-bool equal(nb::handle one, nb::handle other) {
-  const int result = PyObject_RichCompareBool(one.ptr(), other.ptr(), Py_EQ);
-  if (result < 0) throw nb::python_error();
-  return result == 1;
-}
-
-bool is_exactly(nb::handle value, nb::handle type) {
-  return reinterpret_cast<PyObject*>(Py_TYPE(value.ptr())) == type.ptr();
-}
-
-// A key of a dict: texts and numbers by value, all else (the parameters in an optimizer's state) by identity.
-class Key {
- public:
-  explicit Key(nb::handle key) {
-    if (PyUnicode_CheckExact(key.ptr()) || PyLong_CheckExact(key.ptr())) {
-      value_ = nb::borrow(key);
-    } else {
-      weak_.emplace(key);
-    }
-  }
-
-  bool is(nb::handle key) const {
-    if (weak_) return weak_->is(key);
-    return value_.is(key) || (is_exactly(key, value_.type()) && equal(value_, key));
-  }
-
- private:
-  nb::object value_;
-  std::optional<Weak> weak_;
-};
-
 // Calls `visit(key, value)` for all that a container holds (a sequence: with a null key) until it returns false.
 template <typename Visit>
 bool each(nb::handle container, Visit visit) {
   PyObject* const object = container.ptr();
-  const bool is_empty_hooks = PyODict_CheckExact(object) && PyDict_GET_SIZE(object) == 0;
-  if (is_empty_hooks || (PyDict_Check(object) && Py_TYPE(object)->tp_iter == PyDict_Type.tp_iter)) {
+  const bool is_empty = PyODict_CheckExact(object) && PyDict_GET_SIZE(object) == 0;
+  if (is_empty || (PyDict_Check(object) && Py_TYPE(object)->tp_iter == PyDict_Type.tp_iter)) {
     PyObject *key, *value;
     for (Py_ssize_t at = 0; PyDict_Next(object, &at, &key, &value);) {
       const nb::object held = nb::borrow(value);
@@ -119,7 +72,7 @@ class Kind final : public Node {
 class Equal final : public Node {
  public:
   explicit Equal(nb::object value) : value_(std::move(value)) {}
-  bool same(nb::handle value, nb::dict&) const override { return equal(value_, value); }
+  bool same(nb::handle value, nb::dict&) const override { return is_equal(value_, value); }
 
  private:
   nb::object value_;
@@ -190,7 +143,8 @@ class Standing {
     const nb::object own = nb::steal(PyObject_GenericGetDict(object.ptr(), nullptr));
     if (!own.is_valid()) PyErr_Clear();
     for (const auto& [name, node] : attributes_) {
-      if (!node.same(attribute(object, own, name), wanted)) return false;
+      const nb::object value = attribute(object, own, name);
+      if (!value.is_valid() || !node.same(value, wanted)) return false;
     }
     for (const nb::object& name : absent_) {
       if (own.is_valid() && PyDict_Contains(own.ptr(), name.ptr())) return false;
@@ -199,9 +153,16 @@ class Standing {
   }
 
  private:
+  // Null for an attribute that is gone.
   static nb::object attribute(nb::handle object, nb::handle own, nb::handle name) {
     PyObject* const found = own.is_valid() ? PyDict_GetItemWithError(own.ptr(), name.ptr()) : nullptr;
-    return found != nullptr ? nb::borrow(found) : nb::object(nb::getattr(object, name));
+    if (found != nullptr) return nb::borrow(found);
+    nb::object value = nb::steal(PyObject_GetAttr(object.ptr(), name.ptr()));
+    if (!value.is_valid()) {
+      if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw nb::python_error();
+      PyErr_Clear();
+    }
+    return value;
   }
 
   Weak weak_;
@@ -224,6 +185,7 @@ void bind_identity(nb::module_& module) {
   using namespace nb::literals;
   nb::class_<Node>(module, "Node");
   nb::class_<Anything, Node>(module, "Anything").def(nb::init<>());
+  nb::class_<At, Node>(module, "At").def(nb::init<nb::handle>(), "object"_a);
   nb::class_<Same, Node>(module, "Same").def(nb::init<nb::handle>(), "object"_a);
   nb::class_<Kind, Node>(module, "Kind")
       .def(nb::init<nb::object, nb::object>(), "type"_a, "wanted_as"_a.none() = nb::none());

@@ -40,6 +40,11 @@ class Anything(Node):
 
     def __init__(self) -> None: ...
 
+class At(Node):
+    """The object at this address. Only for one that something else shows to be alive (a Standing, a Memory)."""
+
+    def __init__(self, object: Any) -> None: ...
+
 class Same(Node):
     """The very object, which is not kept alive. Raises TypeError for one that cannot be referred to weakly."""
 

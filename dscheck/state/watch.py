@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from dscheck.native import Anything, Entries, Equal, Kind, Members, Node, Same, Standing
+from dscheck.native import Anything, At, Entries, Equal, Kind, Members, Node, Same, Standing
 from dscheck.state.boxes import PerRank, Sharded
 from dscheck.state.optimizers import NamedOptimizer, Parameter, is_optimizer
 from dscheck.state.survey import Survey, holds_more_than_data
@@ -91,20 +91,21 @@ def _value(name: str, value: Any) -> Node:
     return Kind(type(value), name)
 
 
-def _same(value: Any) -> Node:
-    return _NONE if value is None else Same(value)
+def _at(value: Any) -> Node:
+    """A tensor or module, of those that are shown to be alive: the first by their memory, the others as roots."""
+    return _NONE if value is None else At(value)
 
 
 def _module(module: nn.Module) -> Standing:
     transient = module._non_persistent_buffers_set
     attributes: dict[str, Node] = {
-        "_parameters": Entries(module._parameters, [_same(value) for value in module._parameters.values()]),
+        "_parameters": Entries(module._parameters, [_at(value) for value in module._parameters.values()]),
         "_buffers": Entries(
             module._buffers,
             # What is not saved may be made anew in each forward pass.
-            [_ANYTHING if name in transient else _same(value) for name, value in module._buffers.items()],
+            [_ANYTHING if name in transient else _at(value) for name, value in module._buffers.items()],
         ),
-        "_modules": Entries(module._modules, [_same(value) for value in module._modules.values()]),
+        "_modules": Entries(module._modules, [_at(value) for value in module._modules.values()]),
         "_non_persistent_buffers_set": Equal(frozenset(transient)),
         "_state_dict_hooks": Entries(module._state_dict_hooks, [_ANYTHING] * len(module._state_dict_hooks)),
         "_state_dict_pre_hooks": Entries(module._state_dict_pre_hooks, [_ANYTHING] * len(module._state_dict_pre_hooks)),
@@ -147,7 +148,7 @@ def _members(holder: Any) -> Node:
 
 
 def _group(group: dict[str, Any]) -> Node:
-    members: dict[str, Node] = {"params": Entries(group["params"], list(map(Same, group["params"])))}
+    members: dict[str, Node] = {"params": Entries(group["params"], list(map(At, group["params"])))}
     if "param_names" in group:
         members["param_names"] = Equal(copy.copy(group["param_names"]))
     return Members(members)
@@ -157,7 +158,7 @@ def _state(optimizer: NamedOptimizer, parameter: Parameter | None, state: Mappin
     return Entries(
         state,
         [
-            Same(value) if isinstance(value, torch.Tensor) else Kind(type(value), optimizer.state_name(key, parameter))
+            At(value) if isinstance(value, torch.Tensor) else Kind(type(value), optimizer.state_name(key, parameter))
             for key, value in state.items()
         ],
     )
