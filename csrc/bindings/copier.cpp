@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <cstdint>
@@ -71,6 +72,14 @@ std::shared_ptr<CaptureShape> make_shape(const Array<std::uint64_t>& piece_bytes
   shape->targets.assign(targets.begin(), targets.end());
   shape->arrange(check);
   return shape;
+}
+
+// A forked process (a data loader's worker) that drops it has none of the threads to join: there it stays as it is.
+std::shared_ptr<Copier> make_copier(std::size_t host_threads, std::optional<std::size_t> device_budget) {
+  const auto drop = [owner = getpid()](Copier* copier) {
+    if (getpid() == owner) delete copier;
+  };
+  return {new Copier({host_threads, device_budget.value_or(Spill::kAuto)}), drop};
 }
 
 Handle take(Copier& copier, std::shared_ptr<CaptureShape> shape, const Array<std::uint64_t>& pieces,
@@ -163,12 +172,7 @@ void bind_copier(nb::module_& module) {
       .def_ro("placed", &Capture::placed)
       .def_ro("stalled_s", &Capture::stalled_s);
   nb::class_<Copier>(module, "Copier")
-      .def(
-          "__init__",
-          [](Copier* self, std::size_t host_threads, std::optional<std::size_t> device_budget) {
-            new (self) Copier({host_threads, device_budget.value_or(Spill::kAuto)});
-          },
-          "host_threads"_a, "device_budget"_a.none())
+      .def(nb::new_(&make_copier), "host_threads"_a, "device_budget"_a.none())
       .def("prepare", &Copier::prepare, "host_bytes"_a, "devices"_a, "spill_bytes"_a)
       .def("take", &take, "shape"_a, "pieces"_a, "owners"_a, "smalls"_a, "watched"_a, "streams"_a, "window_hint_s"_a)
       .def("fence", &fence, "capture"_a, "owner"_a, "streams"_a, "deadline_s"_a)
