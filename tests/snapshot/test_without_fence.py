@@ -120,8 +120,8 @@ def test_small_tensors_without_an_optimizer_may_change_right_after_save(device: 
 
 
 def test_a_frozen_base_is_not_copied_inside_save() -> None:
-    """Once it has stayed the same it is captured behind the call, like what an optimizer owns (TRAPS 6): a change of its
-    last element right after `save()` is seen. One copy thread, so that it cannot be faster than the next line.
+    """What has stayed the same is captured behind the call, like what an optimizer owns (TRAPS 6): a change of its last
+    element right after `save()` is seen. One copy thread, so that it cannot be faster than the next line.
     """
     base, step = torch.zeros(8 * NUMEL), 0
     with Checkpointer(MemoryStorage(), {"base": base}, copy_threads=1) as ckpt:
