@@ -136,3 +136,17 @@ def test_a_frozen_base_is_not_copied_inside_save() -> None:
             if handle.error is not None:
                 break
     assert isinstance(handle.error, TornSnapshotError)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_debug_mode_refuses_a_change_that_no_sample_shows(device: str) -> None:
+    weight = nn.Parameter(torch.zeros(8 * NUMEL, device=device))
+    state = {"weight": weight, "optimizer": torch.optim.SGD([weight], lr=0.1)}
+    with Checkpointer(MemoryStorage(), state, copy_threads=1, check_capture=True) as ckpt:
+        for step in range(1, 1 + TRIES):
+            handle = ckpt.save(step)
+            weight.data[-300] += 1  # samples take the first and last elements of a piece, and inner ones far apart
+            handle.join(60)
+            if handle.error is not None:
+                break
+    assert isinstance(handle.error, TornSnapshotError)
