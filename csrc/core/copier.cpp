@@ -1,5 +1,8 @@
 #include "core/copier.h"
 
+#include <sys/resource.h>
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -12,6 +15,8 @@ namespace dscheck {
 namespace {
 
 constexpr unsigned kPortableMapped = 1 | 2;
+constexpr std::size_t kAhead = 4;  // samples whose cache lines are on the way
+constexpr int kNice = 5;
 constexpr double kUsable = 0.85;  // of the measured window is counted on
 
 double now_s() { return std::chrono::duration<double>(Clock::now().time_since_epoch()).count(); }
@@ -215,12 +220,17 @@ void Copier::begin_on_host(Capture& capture, const Live& live) {
     std::fill(parts, parts + kHashRows, 0);
     parts[0] = hash_words(memory(address), bytes);
   };
+  const auto ahead = [&](const std::vector<PieceSpec>& specs, std::span<const std::uint64_t> sources, std::size_t i) {
+    if (i < specs.size() && specs[i].device == kHost) prefetch_sample(memory(sources[i]), specs[i].bytes);
+  };
   for (std::size_t i = 0; i < shape.pieces.size(); ++i) {
+    ahead(shape.pieces, live.pieces, i + kAhead);
     if (shape.pieces[i].device != kHost) continue;
     take_sample(memory(live.pieces[i]), shape.pieces[i].bytes, capture.sample(shape.before_at, i));
     if (shape.check) hash(i, live.pieces[i], shape.pieces[i].bytes);
   }
   for (std::size_t i = 0; i < shape.smalls.size(); ++i) {
+    ahead(shape.smalls, live.smalls, i + 4 * kAhead);
     if (shape.smalls[i].device != kHost) continue;
     std::memcpy(capture.slab.data + shape.targets[i], memory(live.smalls[i]), shape.smalls[i].bytes);
     if (shape.check) hash(shape.pieces.size() + i, live.smalls[i], shape.smalls[i].bytes);
@@ -453,6 +463,8 @@ std::optional<std::pair<std::shared_ptr<Capture>, std::size_t>> Copier::next_on_
 }
 
 void Copier::work_on_host() {
+  // On full cores a woken thread would else take the training thread's turn for milliseconds, inside save().
+  setpriority(PRIO_PROCESS, static_cast<id_t>(gettid()), kNice);
   std::unique_lock lock(mutex_);
   while (!stop_) {
     if (const auto found = next_on_host()) {
@@ -604,7 +616,7 @@ std::optional<std::size_t> Copier::torn(const Capture& capture) const {
 std::pair<double, double> Copier::rate_and_window(std::int32_t device) const {
   const std::lock_guard lock(mutex_);
   for (const auto& known : lanes_) {
-    if (known->device == device) return {known->measured ? known->rate : 0, known->window_s};
+    if (known->device == device) return {known->rate, known->window_s};
   }
   return {0, 0};
 }

@@ -92,7 +92,7 @@ class Copier {
   std::string failure(const Capture& capture) const;
   std::optional<std::size_t> torn(const Capture& capture) const;
 
-  std::pair<double, double> rate_and_window(std::int32_t device) const;  // bytes and seconds; 0: not known yet
+  std::pair<double, double> rate_and_window(std::int32_t device) const;  // bytes a second; seconds, 0: not known
   std::size_t spill_bytes(std::int32_t device) const;
   const Region& region() const noexcept { return region_; }
 

@@ -5,6 +5,14 @@
 
 namespace dscheck {
 
+void prefetch_sample(const std::byte* data, std::size_t bytes) noexcept {
+  if (bytes == 0) return;
+  __builtin_prefetch(data);
+  if (bytes <= kSampleBytes) return;
+  for (std::size_t index = 64; index < 192; index += 4) __builtin_prefetch(data + sample_offset(bytes, index));
+  __builtin_prefetch(data + bytes - 64);
+}
+
 void take_sample(const std::byte* data, std::size_t bytes, std::byte* out) noexcept {
   if (bytes <= kSampleBytes) {
     std::memcpy(out, data, bytes);

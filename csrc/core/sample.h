@@ -18,6 +18,9 @@ constexpr std::size_t sample_offset(std::size_t bytes, std::size_t index) noexce
   return 64 + (word * inner / 32 + inner / 64) * 4 + index % 4;
 }
 
+// Asks for the cache lines of a sample that will be taken soon: cold, it is 35 misses of 100 ns.
+void prefetch_sample(const std::byte* data, std::size_t bytes) noexcept;
+
 void take_sample(const std::byte* data, std::size_t bytes, std::byte* out) noexcept;
 
 // A 64-bit hash of all bytes that any number of threads can compute in any order: the sum over 8-byte words (the last

@@ -264,6 +264,7 @@ class Capture:
             owner = plan.owner_of_versioned[place]
             watched = number in (None, owner) and owner not in self._fenced and place not in self._volatile
             if now != then and watched:
+                plan.calm.distrust(int(plan.versioned[place]))
                 raise _torn(plan.name_of_versioned[place], "it was written to before it was captured")
 
     def _raise_failure(self) -> None:
@@ -271,6 +272,7 @@ class Capture:
             raise self._error
         torn = self._copier.torn(self._native)
         if torn is not None:
+            self._plan.calm.distrust(int(self._plan.pieces.tensors[torn]))
             raise _torn(self._plan.piece_names(torn), "its values changed between save() and the end of its capture")
         failure = self._copier.failure(self._native)
         if failure:

@@ -29,6 +29,8 @@ class Capturer:
         device_budget = settings.device_memory_bytes
         self._copier = Copier(settings.copy_threads, None if device_budget == "auto" else device_budget)
         self._spill = device_budget != 0
+        self._prepared: CapturePlan | None = None
+        self._sized = False
         self.window_hint_s = 0.0
         """Seconds from the end of an optimizer step to the next one on the device, until captures have measured it."""
 
@@ -55,6 +57,8 @@ class Capturer:
             raise ConfigError(
                 f"{self._share(plan)} bytes of address space for captures are not to be had: lower host_memory_bytes"
             ) from error
+        self._prepared = plan
+        self._sized = self._window(plan) > 0
 
     def room(self, plan: CapturePlan) -> bool:
         """Whether all pieces would find their place now, with no wait for earlier captures to be written."""
@@ -68,7 +72,8 @@ class Capturer:
 
     def take(self, plan: CapturePlan, locals: Sequence[torch.Tensor], deadline: float) -> Capture:
         """The state of this moment, up to `Capture.hold`, which must follow."""
-        self.prepare(plan)
+        if plan is not self._prepared or (self._spill and plan.devices and not self._sized):
+            self.prepare(plan)
         copies = [copied.take(locals[copied.index]) for copied in plan.copied]
         tensors = [*locals, *copies]
         large = [tensors[index] for index in plan.large]
@@ -104,14 +109,18 @@ class Capturer:
     def _share(self, plan: CapturePlan) -> int:
         return min(plan.region_bytes, self._budget(plan))
 
+    def _window(self, plan: CapturePlan) -> float:
+        """Seconds that a lazy capture has before the first fence; 0: not known yet."""
+        return self._copier.rate_and_window(plan.devices[0])[1] or self.window_hint_s if plan.devices else 0.0
+
     def _excess(self, plan: CapturePlan) -> int:
-        """Bytes that cannot leave a device between two steps, so far as that is known."""
-        if not self._spill or not plan.devices:
+        """Bytes that cannot leave a device before its fence, so far as that is known."""
+        window = self._window(plan)
+        if not self._spill or not window:
             return 0
-        rate, window = self._copier.rate_and_window(plan.devices[0])
-        window = window or self.window_hint_s
         unowned = int(plan.pieces.sizes[plan.unowned].sum())
-        return max(unowned, int(plan.large_on_device - _USABLE * rate * window)) if window else 0
+        rate = self._copier.rate_and_window(plan.devices[0])[0]
+        return max(unowned, int(plan.large_on_device - _USABLE * rate * window))
 
 
 def _streams(devices: Sequence[int]) -> list[tuple[int, int]]:

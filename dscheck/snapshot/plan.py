@@ -189,7 +189,8 @@ class Rows:
 
 class Calm:
     """Which of the pieces that nobody fences were the same at the last two captures: they are taken for frozen, and
-    captured lazily under the guards. The others are captured, or spilled, before `save()` returns.
+    captured lazily under the guards. The others are captured, or spilled, before `save()` returns, and so is for good
+    what has changed while it was taken for frozen.
     """
 
     def __init__(
@@ -197,6 +198,7 @@ class Calm:
     ) -> None:
         self.places = np.searchsorted(versioned, tensors)
         self.places[~np.isin(tensors, versioned)] = len(versioned)  # a column that never moves
+        self._tensors, self._moved = tensors, np.zeros(len(tensors), np.bool_)
         self._seen: tuple[np.ndarray[Any, Any], list[bytes], np.ndarray[Any, Any]] | None = None
 
     def __call__(self, versions: Sequence[int]) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -205,7 +207,11 @@ class Calm:
         if seen is None:
             return np.zeros(len(self.places), np.bool_)
         calm: np.ndarray[Any, np.dtype[np.bool_]] = seen[2] & (np.array([*versions, 0])[self.places] == seen[0])
-        return calm
+        return calm & ~self._moved
+
+    def distrust(self, tensor: int) -> None:
+        """It changed while it was taken for frozen: it is never again."""
+        self._moved |= self._tensors == tensor
 
     def note(self, versions: Sequence[int], samples: list[bytes]) -> None:
         """What a whole capture saw."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from dscheck.errors import DeadlineError, TornSnapshotError
-from dscheck.snapshot import Arena, Capture, Fences, Lanes, Source, bits, sample
+from dscheck.config import Settings
+from dscheck.errors import ConfigError, DeadlineError, DscheckError, TornSnapshotError
+from dscheck.snapshot import Capture, CapturePlan, Capturer, Fences, Source, bits
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex32, torch.complex64, torch.complex128,
@@ -24,190 +29,345 @@ OPTIMIZERS = {
     "plain": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=False, fused=False),
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
 }
+SMALL_PIECES = {"piece_bytes": 1 << 18, "block_bytes": 1 << 16}
 
 
 class Training:
-    """One parameter, one optimizer that has stepped once, and the capture of both."""
+    """One parameter, one optimizer that has stepped once, what nobody fences, and captures of all of it."""
 
-    def __init__(self, kind: str = "fused", numel: int = 300_000) -> None:
-        self.weight = torch.nn.Parameter(torch.randn(numel))
+    def __init__(self, kind: str = "fused", numel: int = 300_000, device: str = "cpu", **settings: Any) -> None:
+        self.weight = torch.nn.Parameter(torch.randn(numel, device=device))
         self.optimizer = OPTIMIZERS[kind]([self.weight])
         self.fences = Fences()
         self.fences.watch([self.optimizer])
-        self.arena = Arena()
+        self.extra: list[torch.Tensor] = []
+        self.capturer = Capturer(Settings(**{**SMALL_PIECES, **settings}), self.fences.steps)
+        self.plan: CapturePlan | None = None
         self.step()
 
     def step(self) -> None:
         self.weight.grad = torch.randn_like(self.weight)
         self.optimizer.step()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {"weight": self.weight.detach(), **self.optimizer.state[self.weight]}
+    def owned(self) -> list[torch.Tensor]:
+        return [self.weight, *self.optimizer.state[self.weight].values()]
 
-    def capture(self, deadline_s: float = 10.0, **extra: torch.Tensor) -> Capture:
-        sources = [Source(name, view, self.optimizer) for name, view in self.tensors().items()]
-        sources += [Source(name, view) for name, view in extra.items()]
-        deadline = time.monotonic() + deadline_s
-        capture = Capture(sources, self.arena, Lanes(), self.fences.steps, piece_bytes=1 << 18, deadline=deadline)
+    def locals(self) -> list[torch.Tensor]:
+        return [*self.owned(), *self.extra]
+
+    def begin(self, deadline_s: float = 10.0) -> Capture:
+        """A capture that is guarded, but where nobody waited for what is not fenced."""
+        owners = [self.optimizer] * len(self.owned()) + [None] * len(self.extra)
+        sources = [Source(f"t{i}", i, t, o) for i, (t, o) in enumerate(zip(self.locals(), owners, strict=True))]
+        self.plan = self.plan or self.capturer.plan(self.locals(), sources, [(0, self.weight.detach())])
+        capture = self.capturer.take(self.plan, self.locals(), time.monotonic() + deadline_s)
         self.fences.guard(capture)
         return capture
 
+    def capture(self, deadline_s: float = 10.0) -> Capture:
+        capture = self.begin(deadline_s)
+        capture.hold()
+        return capture
 
-def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+    def end(self, capture: Capture) -> None:
+        self.fences.release(capture)
+        assert capture.release()
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    plain = bits(tensor.detach().clone(memory_format=torch.contiguous_format)).cpu()
+    return plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+
+
+def all_bytes(tensors: Sequence[torch.Tensor]) -> list[bytes]:
+    return [bytes_of(tensor) for tensor in tensors]
+
+
+def consume(capture: Capture, count: int) -> list[bytes]:
+    return [b"".join(chunk.tobytes() for chunk in capture.chunks(index)) for index in range(count)]
+
+
+def consumed_beside(capture: Capture, count: int, meanwhile: Callable[[], None]) -> list[bytes]:
+    """What a consumer in another thread gets while `meanwhile` runs in this one."""
+    found: list[bytes] = []
+    thread = threading.Thread(target=lambda: found.extend(consume(capture, count)))
+    thread.start()
+    capture.hold()
+    meanwhile()
+    thread.join()
+    return found
+
+
+def stuck(training: Training) -> Capture:
+    """A capture none of whose pieces has a place: an earlier one has filled the region, and nobody takes it out."""
+    first = training.capture()
+    first.wait()
+    assert not training.capturer.room(training.plan)  # type: ignore[arg-type]
+    return training.begin(deadline_s=1.0)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_step_after_save_waits_for_the_capture_of_what_it_changes(kind: str) -> None:
     training = Training(kind)
-    expected = [bytes_of(tensor) for tensor in training.tensors().values()]
+    expected = all_bytes(training.locals())
     capture = training.capture()
     training.step()
-    capture.run()
-    assert [torch.equal(capture.data(i), want) for i, want in enumerate(expected)] == [True] * len(expected)
-    assert capture.fence_s > 0
+    capture.wait()
+    assert consume(capture, len(expected)) == expected
+    training.end(capture)
+    assert capture.fence_s + capture.host_memory_s > 0
 
 
-def test_a_tensor_without_owner_may_change_as_soon_as_the_capture_exists() -> None:
+@pytest.mark.parametrize("budget", ["auto", 1 << 19, 1 << 17])
+def test_captures_one_after_the_other_are_each_of_their_moment(budget: Any) -> None:
+    """TRAPS 18: an EMA copy that changes right after `save()`; with less memory than the state it passes through."""
+    training = Training(host_memory_bytes=budget)
+    training.extra = [torch.randn(70_000), torch.randn(300, 400).t(), torch.randn(500, 300)[:, 7:250], torch.empty(0)]
+
+    def change() -> None:
+        training.step()
+        for tensor in training.extra:
+            tensor.mul_(1.5)
+
+    for _ in range(5):
+        expected = all_bytes(training.locals())
+        capture = training.begin()
+        assert consumed_beside(capture, len(expected), change) == expected
+        capture.wait()
+        training.end(capture)
+
+
+def test_several_captures_are_under_way_within_the_budget() -> None:
+    training = Training(host_memory_bytes=3 * 4 * 300_000 * 3 + (1 << 20))
+    expected, captures = [], []
+    for _ in range(3):
+        assert not captures or training.capturer.room(training.plan)  # type: ignore[arg-type]
+        expected.append(all_bytes(training.locals()))
+        captures.append(training.capture())
+        training.step()
+    assert not training.capturer.room(training.plan)  # type: ignore[arg-type]
+    assert [consume(capture, 4) for capture in captures] == expected
+
+
+def test_what_never_changes_is_captured_lazily_from_the_third_time_on() -> None:
+    """TRAPS 6: a frozen base of tens of gigabytes must not be copied inside the call."""
     training = Training()
-    ema = torch.randn(1000)
-    expected = bytes_of(ema)
-    capture = training.capture(ema=ema)
-    ema.zero_()
-    capture.run()
-    assert torch.equal(capture.data(len(training.tensors())), expected)
+    training.extra = [torch.randn(70_000)]
+    volatile = []
+    for _ in range(4):
+        capture = training.capture()
+        volatile.append(bool(capture._volatile))
+        capture.wait()
+        training.end(capture)
+    assert volatile == [True, True, False, False]
+    first = training.capture()
+    first.wait()
+    capture = training.begin()  # has no place before the first one is consumed
+    training.extra[0].data.mul_(2)  # moves no version counter
+    consume(first, 5)
+    with pytest.raises(TornSnapshotError, match="t4"):
+        capture.wait()
+    training.end(first)
+    training.end(capture)
+    assert training.capture()._volatile  # and is taken for what it is from then on
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_step_that_no_fence_held_back_is_refused(kind: str) -> None:
     training = Training(kind)
-    capture = training.capture()
-    training.fences.guard(None)
+    capture = stuck(training)
+    training.fences.release(capture)
     training.step()
     with pytest.raises(TornSnapshotError, match="stepped before it was captured"):
-        capture.run()
+        capture._refuse_changed(None)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_step_behind_removed_hooks_is_refused_by_samples_or_versions(kind: str) -> None:
     """The step count does not move, nor does fused AdamW move version counters (TRAPS 17)."""
     training = Training(kind)
-    capture = training.capture()
+    first = training.capture()
+    first.wait()
+    capture = training.begin()  # has no place before the first one is consumed
     training.fences.remove()
     training.step()
+    consume(first, len(training.locals()))
     with pytest.raises(TornSnapshotError, match=r"its values changed|was written to"):
-        capture.run()
+        capture.wait()
 
 
 def mul_data(p: torch.Tensor) -> None:
     p.data.mul_(1.01)
 
 
-@pytest.mark.parametrize("change", [mul_data, lambda p: p.detach().add_(1)])
+def change_one_row_in_the_middle(p: torch.Tensor) -> None:
+    """TRAPS 19: few elements of one piece change, as in a sparse step."""
+    p.data[100_000:100_400].add_(1)
+
+
+@pytest.mark.parametrize("change", [mul_data, lambda p: p.detach().add_(1), change_one_row_in_the_middle])
 def test_a_tensor_changed_past_the_fence_fails_the_save(change: Any) -> None:
     """`p.data.mul_` moves no version counter (TRAPS 17)."""
-    training = Training()
-    capture = training.capture()
+    training = Training(piece_bytes=1 << 16)
+    first = training.capture()
+    first.wait()
+    capture = training.begin()
     change(training.weight)
-    with pytest.raises(TornSnapshotError, match="weight"):
-        capture.run()
+    consume(first, 4)
+    with pytest.raises(TornSnapshotError, match="t0"):
+        capture.wait()
+
+
+def test_a_change_that_samples_miss_is_found_by_the_debug_mode() -> None:
+    training = Training(check_capture=True)
+    first = training.capture()
+    first.wait()
+    capture = training.begin()
+    training.weight.data[20_001] += 1
+    consume(first, 4)
+    with pytest.raises(TornSnapshotError, match="hash"):
+        consume(capture, 4)
+    with pytest.raises(TornSnapshotError, match="hash"):
+        capture.wait()
 
 
 def test_after_the_explicit_fence_everything_may_change() -> None:
     training = Training()
-    expected = [bytes_of(tensor) for tensor in training.tensors().values()]
+    training.extra = [torch.randn(70_000)]
+    expected = all_bytes(training.locals())
     capture = training.capture()
     training.fences.fence()
-    for tensor in training.tensors().values():
-        tensor.zero_()
-    capture.run()
-    assert all(torch.equal(capture.data(i), want) for i, want in enumerate(expected))
+    for tensor in training.locals():
+        tensor.detach().zero_()
+    capture.wait()
+    assert consume(capture, len(expected)) == expected
 
 
 def test_a_replaced_parameter_is_captured_as_it_was() -> None:
     """After `p.data = x` a held `p` would show the new values (TRAPS 22)."""
     training = Training()
     expected = bytes_of(training.weight)
-    capture = training.capture()
+    first = training.capture()
+    first.wait()
+    capture = training.begin()
     training.weight.data = torch.zeros(7)
-    capture.run()
-    assert torch.equal(capture.data(0), expected)
+    consume(first, 4)
+    capture.wait()
+    assert consume(capture, 1) == [expected]
+
+
+def test_a_capture_lets_go_of_the_live_memory_when_it_is_whole() -> None:
+    training = Training()
+    capture = training.capture()
+    capture.wait()
+    held = weakref.ref(training.optimizer.state[training.weight]["exp_avg"])
+    del training.optimizer.state[training.weight]["exp_avg"]
+    gc.collect()
+    assert held() is None
 
 
 def test_loading_an_optimizer_state_dict_waits_for_the_capture() -> None:
     training = Training()
     state = training.optimizer.state_dict()
-    expected = bytes_of(training.optimizer.state[training.weight]["exp_avg"])
+    index = next(
+        i for i, t in enumerate(training.locals()) if t is training.optimizer.state[training.weight]["exp_avg"]
+    )
+    expected = all_bytes(training.locals())
     capture = training.capture()
     training.optimizer.load_state_dict(state)
     training.optimizer.state[training.weight]["exp_avg"].zero_()
-    capture.run()
-    assert torch.equal(capture.data(list(training.tensors()).index("exp_avg")), expected)
+    capture.wait()
+    assert consume(capture, len(expected))[index] == expected[index]
 
 
 def test_a_module_that_loads_a_state_dict_waits_for_the_capture() -> None:
-    module = torch.nn.Linear(100, 100)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    module = torch.nn.Linear(300, 300)
     fences = Fences()
-    fences.watch([optimizer], [module])
+    fences.watch([torch.optim.SGD(module.parameters(), lr=0.1)], [module])
+    capturer = Capturer(Settings(), fences.steps)
+    plan = capturer.plan([module.weight], [Source("weight", 0, module.weight, None)])
     expected = bytes_of(module.weight)
-    source = Source("weight", module.weight, optimizer)
-    capture = Capture([source], Arena(), Lanes(), fences.steps, piece_bytes=1 << 18, deadline=time.monotonic() + 10)
+    capture = capturer.take(plan, [module.weight], time.monotonic() + 10)
     fences.guard(capture)
-    module.load_state_dict({"weight": torch.zeros(100, 100), "bias": torch.zeros(100)})
-    capture.run()
-    assert torch.equal(capture.data(0), expected)
+    module.load_state_dict({"weight": torch.zeros(300, 300), "bias": torch.zeros(300)})
+    assert consume(capture, 1) == [expected]
 
 
-def test_a_failing_hook_fails_the_capture_and_not_the_training() -> None:
+def test_a_failing_hook_fails_the_capture_and_not_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant C8: a hook that raises would kill the step (TRAPS 15)."""
     training = Training()
     capture = training.capture()
     before = training.weight.detach().clone()
-    capture._pieces[0].host = torch.empty(1)
+
+    def broken(self: Capture, number: int) -> None:
+        raise ValueError("injected")
+
+    monkeypatch.setattr(Capture, "_hold_back", broken)
     training.step()
     assert not torch.equal(before, training.weight)
-    with pytest.raises(TornSnapshotError, match="capture failed"):
-        capture.run()
+    with pytest.raises(TornSnapshotError, match="injected"):
+        capture.wait()
 
 
-def test_a_fence_gives_up_at_its_deadline() -> None:
-    """Invariant C7: a piece that a stuck thread has taken holds the step back only so long."""
+def test_a_fence_gives_up_at_its_deadline_and_names_what_it_waited_for() -> None:
+    """Invariant C7: a region that nobody empties holds the step back only so long."""
     training = Training()
-    capture = training.capture(deadline_s=0.2)
-    assert capture._take(capture._pieces[0])
+    capture = stuck(training)
+    began = time.monotonic()
     training.step()
-    with pytest.raises(DeadlineError, match="weight"):
-        capture.run()
+    assert 0.5 < time.monotonic() - began < 5
+    assert capture.host_memory_s > 0.5
+    with pytest.raises(DeadlineError, match="t0"):
+        capture.wait()
 
 
-def test_the_region_is_reused_and_grows_only_when_it_must() -> None:
-    """Invariant C12, as far as it goes: of the host's memory a save takes what this rank writes, once."""
+def test_a_failed_capture_gives_its_room_to_the_next_one() -> None:
     training = Training()
-    training.capture().run()
-    size = training.arena.nbytes
-    pointer = training.arena._memory.data_ptr()
-    training.capture().run()
-    assert (training.arena.nbytes, training.arena._memory.data_ptr()) == (size, pointer)
-    assert size <= 3 * training.weight.numel() * 4 + 4 * 64
+    for _ in range(3):
+        capture = training.capture()
+        capture.fail(DscheckError("given up"))
+        with pytest.raises(DscheckError, match="given up"):
+            capture.wait()
+        training.end(capture)
+    expected = all_bytes(training.locals())
+    assert consume(training.capture(), 4) == expected
+
+
+def test_the_region_is_exact_and_reused() -> None:
+    """Invariant C12: of the host's memory a capture takes what this rank writes, once, and some for small tensors."""
+    training = Training()
+    for _ in range(3):
+        capture = training.capture()
+        consume(capture, 4)
+        training.end(capture)
+    used = training.capturer._copier.usable
+    assert 3 * 4 * 300_000 <= used <= 3 * 4 * 300_000 + 8192
+
+
+def test_a_budget_that_can_never_work_is_refused_with_the_number_that_would() -> None:
+    with pytest.raises(ConfigError, match="131072"):
+        Training(host_memory_bytes=1 << 16).capture()
+
+
+def test_samples_tell_the_same_for_equal_bytes_on_every_rank() -> None:
+    training = Training()
+    capture = training.capture()
+    sample = capture.sample(0)
+    assert len(sample) == 256
+    assert sample[:64] == bytes_of(training.weight)[:64]
+    assert sample[-64:] == bytes_of(training.weight)[-64:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bits_of_any_dtype_and_stride_alias_their_memory(dtype: torch.dtype) -> None:
-    base = torch.randint(0, 255, (6 * 4 * dtype.itemsize,), dtype=torch.uint8).view(dtype).view(6, 4)
-    for view in (base, base.t(), base[::2, 1:3], base[0, 0]):
-        plain = bits(view)
-        assert plain.data_ptr() == view.data_ptr()
-        assert plain.dtype.is_floating_point is plain.dtype.is_complex is False
-        copy = torch.empty(plain.shape, dtype=plain.dtype)
-        copy.copy_(plain)
-        assert torch.equal(sample(copy), sample(plain))
-
-
-def test_samples_take_the_first_last_and_inner_elements() -> None:
-    values = torch.arange(10_000).view(100, 100)
-    taken = sample(values.t()).tolist()
-    flat = values.t().reshape(-1).tolist()
-    assert taken[:16] == flat[:16]
-    assert taken[-16:] == flat[-16:]
-    assert len(set(taken)) == 64
+def test_any_dtype_and_stride_is_captured_bit_for_bit(dtype: torch.dtype) -> None:
+    numel = 48 * 1024 // dtype.itemsize
+    base = torch.randint(0, 255, (numel * dtype.itemsize,), dtype=torch.uint8).view(dtype).view(8, -1)
+    tensors = [base, base.t(), base[::2, 1:3], base[0, 0], base[1:, 5:], base.view(4, 2, -1).permute(2, 0, 1)]
+    capturer = Capturer(Settings(**SMALL_PIECES), lambda owner: 0)
+    plan = capturer.plan(tensors, [Source(str(i), i, tensor) for i, tensor in enumerate(tensors)])
+    expected = [bits(tensor).contiguous().view(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors]
+    capture = capturer.take(plan, tensors, time.monotonic() + 10)
+    capture.hold()
+    assert consume(capture, len(tensors)) == expected
+    for view in tensors:
+        assert bits(view).data_ptr() == view.data_ptr()

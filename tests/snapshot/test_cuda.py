@@ -10,92 +10,81 @@ import torch
 
 from dscheck import Checkpointer
 from dscheck.errors import TornSnapshotError
-from dscheck.snapshot import Arena, Capture, Fences, Lanes, Source
+from dscheck.snapshot import Capture
+from tests.snapshot.test_capture import Training, all_bytes, consume, consumed_beside
 
 pytestmark = pytest.mark.gpu
-
-KINDS = {
-    "fused": {"fused": True},
-    "foreach": {"foreach": True},
-    "plain": {"foreach": False},
-    "capturable": {"capturable": True},
-}
+NUMEL = 4096 * 4096
 
 
-class Training:
+def training(kind: str = "fused", **settings: object) -> Training:
     """A 64 MB parameter under AdamW on the device, after one step."""
-
-    def __init__(self, kind: str) -> None:
-        torch.manual_seed(0)
-        self.weight = torch.nn.Parameter(torch.randn(4096, 4096, device="cuda"))
-        self.optimizer = torch.optim.AdamW([self.weight], lr=0.1, **KINDS[kind])  # type: ignore[arg-type]
-        self.fences, self.arena, self.lanes = Fences(), Arena(), Lanes()
-        self.fences.watch([self.optimizer])
-        self.step()
-
-    def step(self) -> None:
-        self.weight.grad = torch.randn_like(self.weight)
-        self.optimizer.step()
-
-    def views(self) -> list[torch.Tensor]:
-        return [self.weight.detach(), *self.optimizer.state[self.weight].values()]
-
-    def capture(self) -> Capture:
-        sources = [Source(str(i), view, self.optimizer) for i, view in enumerate(self.views())]
-        deadline = time.monotonic() + 30
-        capture = Capture(sources, self.arena, self.lanes, self.fences.steps, piece_bytes=4 << 20, deadline=deadline)
-        self.fences.guard(capture)
-        return capture
+    return Training(kind, NUMEL, "cuda", piece_bytes=4 << 20, **settings)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_steps_that_go_on_leave_the_snapshot_bit_exact(kind: str) -> None:
-    training = Training(kind)
+@pytest.mark.parametrize("spill", ["auto", 0])
+@pytest.mark.parametrize("kind", ["fused", "foreach", "plain"])
+def test_steps_that_go_on_leave_the_snapshot_bit_exact(kind: str, spill: object) -> None:
+    """TRAPS 20, 21: the fence enqueues before it records, and spill memory comes from the driver."""
+    job = training(kind, device_memory_bytes=spill)
+    job.extra = [torch.randn(1000, 1000, device="cuda"), torch.randn(64, 3000, device="cuda").t()]
     for _ in range(5):
-        expected = [view.clone() for view in training.views()]
-        capture = training.capture()
+        expected = all_bytes(job.locals())
+        capture = job.capture()
         for _ in range(3):
-            training.step()
-        capture.run()
-        for index, want in enumerate(expected):
-            got = capture.data(index).view(want.dtype).view(want.shape)
-            assert torch.equal(got, want.cpu())
+            job.step()
+        job.extra[0].mul_(1.5)
+        capture.wait()
+        assert consume(capture, len(expected)) == expected
+        job.end(capture)
+
+
+def test_a_region_smaller_than_the_state_passes_it_through() -> None:
+    job = training(host_memory_bytes=32 << 20)
+    for _ in range(3):
+        expected = all_bytes(job.locals())
+        capture = job.begin()
+        assert consumed_beside(capture, len(expected), job.step) == expected
+        capture.wait()
+        job.end(capture)
 
 
 def test_the_fence_does_not_block_the_cpu_for_the_copies() -> None:
-    training = Training("fused")
-    training.capture().run()  # the region is allocated and page-locked once
+    job = training()
+    for _ in range(2):
+        capture = job.capture()
+        capture.wait()
+        job.end(capture)
     torch.cuda.synchronize()
-    capture = training.capture()
-    torch.cuda._sleep(2_000_000_000)  # about a second of device time before any copy of the compute stream could start
+    capture = job.capture()
+    torch.cuda._sleep(2_000_000_000)  # about a second of device time before anything later on the training stream
     began = time.perf_counter()
-    training.step()
+    job.step()
     assert time.perf_counter() - began < 0.3
-    capture.run()
+    capture.wait()
+
+
+def refused(job: Training, capture: Capture) -> bool:
+    with pytest.raises(TornSnapshotError):
+        consume(capture, len(job.locals()))
+        capture.wait()
+    return True
 
 
 def test_a_change_behind_the_fence_is_refused() -> None:
-    training = Training("fused")
-    capture = training.capture()
-    training.weight.data.mul_(1.01)
-    with pytest.raises(TornSnapshotError):
-        capture.run()
-
-
-def test_a_step_behind_removed_hooks_is_refused() -> None:
-    training = Training("fused")
-    capture = training.capture()
-    training.fences.remove()
-    training.step()
-    with pytest.raises(TornSnapshotError):
-        capture.run()
+    job = training(device_memory_bytes=0)
+    first = job.capture()
+    first.wait()
+    capture = job.begin()
+    job.weight.data.mul_(1.01)
+    consume(first, len(job.locals()))
+    assert refused(job, capture)
 
 
 def test_the_region_is_page_locked() -> None:
-    training = Training("fused")
-    capture = training.capture()
-    capture.run()
-    assert capture.data(0).is_pinned()
+    job = training()
+    job.capture().wait()
+    assert job.capturer._copier.page_locked
 
 
 def test_a_checkpoint_of_the_device_loads_on_the_cpu_and_back(tmp_path: Path) -> None:

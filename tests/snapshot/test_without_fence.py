@@ -150,3 +150,24 @@ def test_the_debug_mode_refuses_a_change_that_no_sample_shows(device: str) -> No
             if handle.error is not None:
                 break
     assert isinstance(handle.error, TornSnapshotError)
+
+
+def test_an_average_that_moves_now_and_then_costs_one_save_at_most() -> None:
+    average, images, refused = torch.zeros(NUMEL), dict[int, torch.Tensor](), 0
+    root = MemoryStorage()
+    with Checkpointer(root, {"average": average}, piece_bytes=1 << 20) as ckpt:
+        for step in range(1, 25):
+            images[step] = average.clone()
+            handle = ckpt.save(step)
+            if step % 6 == 0:
+                average.add_(1)
+            handle.join(60)
+            if handle.error is not None:
+                assert isinstance(handle.error, TornSnapshotError)
+                del images[step]
+                refused += 1
+    assert refused <= 1
+    with Checkpointer(root, {"average": average}) as reader:
+        for step, expected in images.items():
+            reader.load(step)
+            assert torch.equal(average, expected)
