@@ -1,4 +1,4 @@
-"""What depends on the structure of a state alone is made once, and what need not be in the call is not."""
+"""TRAPS 23: What depends on the structure of a state alone is made once, and what need not be in the call is not."""
 
 from __future__ import annotations
 
