@@ -23,13 +23,13 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict dscheck
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/clang-format --dry-run -Werror $(filter csrc/%,$(NATIVE))
+	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.cu,$(NATIVE))
 	$(MAKE) test
 
 format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
-	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE))
+	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu,$(NATIVE))
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks

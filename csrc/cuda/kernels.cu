@@ -33,7 +33,8 @@ extern "C" __global__ void dscheck_sample(const Entry* table, unsigned char* out
   unsigned long long offset = index;
   if (entry.bytes > 256 && index >= 64) {
     const unsigned long long inner = (entry.bytes - 128) / 4;
-    offset = index >= 192 ? entry.bytes - 256 + index : 64 + ((index - 64) / 4 * inner / 32 + inner / 64) * 4 + index % 4;
+    offset =
+        index >= 192 ? entry.bytes - 256 + index : 64 + ((index - 64) / 4 * inner / 32 + inner / 64) * 4 + index % 4;
   }
   const bool inside = offset < entry.bytes;
   out[entry.target * 256 + index] = inside ? reinterpret_cast<const unsigned char*>(entry.source)[offset] : 0;
