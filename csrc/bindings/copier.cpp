@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -57,20 +58,20 @@ Streams streams_of(const Handles& handles) {
   return streams;
 }
 
-std::shared_ptr<CaptureShape> make_shape(const Array<std::uint64_t>& piece_bytes,
-                                         const Array<std::int32_t>& piece_devices,
-                                         const Array<std::uint64_t>& small_bytes,
-                                         const Array<std::int32_t>& small_devices,
-                                         const Array<std::uint64_t>& small_targets,
-                                         const Array<std::uint64_t>& watched_bytes,
-                                         const Array<std::int32_t>& watched_devices, bool check) {
+std::shared_ptr<CaptureShape> make_shape(
+    const Array<std::uint64_t>& piece_bytes, const Array<std::int32_t>& piece_devices,
+    const Array<std::uint64_t>& small_bytes, const Array<std::int32_t>& small_devices,
+    const Array<std::uint64_t>& small_targets, const Array<std::uint64_t>& watched_bytes,
+    const Array<std::int32_t>& watched_devices, std::size_t block_bytes, bool check) {
   auto shape = std::make_shared<CaptureShape>();
   shape->pieces = specs_of(piece_bytes, piece_devices);
   shape->smalls = specs_of(small_bytes, small_devices);
   shape->watched = specs_of(watched_bytes, watched_devices);
   const auto targets = span_of(small_targets, small_bytes.size(), "small_targets");
   shape->targets.assign(targets.begin(), targets.end());
-  shape->arrange(check);
+  shape->block_bytes = std::max<std::size_t>(1, block_bytes);
+  shape->check = check;
+  shape->arrange();
   return shape;
 }
 
@@ -107,9 +108,9 @@ bool waiting(Copier& copier, const Handle& capture, double deadline_s) {
   return (copier.*kMethod)(*capture, at(deadline_s));
 }
 
-bool await_piece(Copier& copier, const Handle& capture, std::size_t index, double deadline_s) {
+std::size_t await_run(Copier& copier, const Handle& capture, std::size_t first, std::size_t stop, double deadline_s) {
   const nb::gil_scoped_release released;
-  return copier.await_piece(*capture, index, at(deadline_s));
+  return copier.await_run(*capture, first, stop, at(deadline_s));
 }
 
 // Memory of the copier's own: `self` stays alive as long as the array does.
@@ -117,10 +118,17 @@ Bytes view(nb::handle self, std::byte* data, std::size_t bytes) {
   return Bytes(reinterpret_cast<std::uint8_t*>(data), {bytes}, self);
 }
 
-Bytes piece(nb::handle self, const Handle& capture, std::size_t index) {
+Bytes run(nb::handle self, const Handle& capture, std::size_t first, std::size_t count) {
   const Copier& copier = *nb::inst_ptr<Copier>(self);
-  const Piece& of = capture->pieces.at(index);
-  return view(self, copier.region().data() + of.slot, of.bytes);
+  const Piece &begin = capture->pieces.at(first), &last = capture->pieces.at(first + count - 1);
+  return view(self, copier.region().data() + begin.slot, last.slot + last.bytes - begin.slot);
+}
+
+nb::bytes checksums(const Handle& capture, std::size_t first, std::size_t count) {
+  const CaptureShape& shape = *capture->shape;
+  const std::size_t begin = shape.first_block.at(first);
+  const std::size_t end = first + count < shape.first_block.size() ? shape.first_block[first + count] : shape.blocks;
+  return nb::bytes(capture->checksums.data() + begin, (end - begin) * sizeof(std::uint32_t));
 }
 
 Bytes slab(nb::handle self, const Handle& capture, std::size_t offset, std::size_t bytes) {
@@ -166,7 +174,7 @@ void bind_copier(nb::module_& module) {
   using namespace nb::literals;
   nb::class_<CaptureShape>(module, "CaptureShape")
       .def(nb::new_(&make_shape), "piece_bytes"_a, "piece_devices"_a, "small_bytes"_a, "small_devices"_a,
-           "small_targets"_a, "watched_bytes"_a, "watched_devices"_a, "check"_a);
+           "small_targets"_a, "watched_bytes"_a, "watched_devices"_a, "block_bytes"_a, "check"_a);
   nb::class_<Capture>(module, "NativeCapture")
       .def_ro("captured_s", &Capture::captured_s)
       .def_ro("placed", &Capture::placed)
@@ -180,9 +188,10 @@ void bind_copier(nb::module_& module) {
       .def("wait", &waiting<&Copier::wait>, "capture"_a, "deadline_s"_a)
       .def("await_slab", &waiting<&Copier::await_slab>, "capture"_a, "deadline_s"_a)
       .def("release", &waiting<&Copier::release>, "capture"_a, "deadline_s"_a)
-      .def("await_piece", &await_piece, "capture"_a, "index"_a, "deadline_s"_a)
-      .def("free_piece", [](Copier& copier, const Handle& capture, std::size_t i) { copier.free_piece(*capture, i); })
-      .def("piece", &piece, "capture"_a, "index"_a)
+      .def("await_run", &await_run, "capture"_a, "first"_a, "stop"_a, "deadline_s"_a)
+      .def("free_run", [](Copier& copier, const Handle& capture, std::size_t first,
+                          std::size_t count) { copier.free_run(*capture, first, count); })
+      .def("run", &run, "capture"_a, "first"_a, "count"_a)
       .def("slab", &slab, "capture"_a, "offset"_a, "nbytes"_a)
       .def("failure", [](const Copier& copier, const Handle& capture) { return copier.failure(*capture); })
       .def("torn", [](const Copier& copier, const Handle& capture) { return copier.torn(*capture); })
@@ -198,6 +207,7 @@ void bind_copier(nb::module_& module) {
   module.def("piece_sample", &piece_sample);
   module.def("matches", &matches);
   module.def("times", &times);
+  module.def("checksums", &checksums);
   module.def("sample", &sample, "data"_a);
   module.def("has_cuda_driver", [] { return cuda::driver() != nullptr; });
   module.attr("HOST") = kHost;

@@ -4,6 +4,7 @@
 #include <set>
 #include <utility>
 
+#include "core/crc32c.h"
 #include "core/ring.h"
 #include "core/sample.h"
 
@@ -11,8 +12,12 @@ namespace dscheck {
 
 constexpr std::size_t kHashBytes = kHashRows * 8;
 
-void CaptureShape::arrange(bool check_all) {
-  check = check_all;
+void CaptureShape::arrange() {
+  blocks = 0;
+  for (const PieceSpec& piece : pieces) {
+    first_block.push_back(blocks);
+    blocks += block_count(piece.bytes, block_bytes);
+  }
   smalls_bytes = 0;
   for (std::size_t i = 0; i < smalls.size(); ++i) {
     smalls_bytes = std::max<std::size_t>(smalls_bytes, targets[i] + smalls[i].bytes);

@@ -34,12 +34,16 @@ struct CaptureShape {
   std::vector<std::uint64_t> targets;
   std::vector<PieceSpec> watched;  // sampled only
 
+  std::size_t block_bytes = 1;           // every piece is a multiple of it, or the end of a tensor
+  std::vector<std::size_t> first_block;  // of each piece, among the checksums
+  std::size_t blocks = 0;
+
   std::size_t smalls_bytes = 0, slab_bytes = 0;
   std::size_t before_at = 0, after_at = 0, captured_at = 0, watched_at = 0, tables_at = 0, hashes_at = 0;
   std::vector<std::int32_t> devices;  // other than the host, ascending
   bool check = false;
 
-  void arrange(bool check);
+  void arrange();
 };
 
 // Memory of a capture's own: small tensors, samples, kernel tables. Page-locked when devices write to it.
@@ -60,6 +64,7 @@ struct Piece {
   State state = State::kPending;
   bool placed = false;   // has a slot in the region
   bool spilled = false;  // `source` is ours
+  bool summed = false;   // its checksums are there
   double began_s = 0, ended_s = 0;
 };
 
@@ -106,7 +111,8 @@ struct Capture : std::enable_shared_from_this<Capture> {
   std::size_t placed = 0;  // pieces before it have slots
   std::uint32_t host_left = 0;
   std::uint32_t host_cursor = 0;
-  std::uint32_t under_way = 0;        // copies that still touch memory
+  std::uint32_t under_way = 0;  // copies and checksums that still touch memory
+  std::vector<std::uint32_t> checksums;
   std::string failure;                // why it is refused, or nothing
   std::optional<std::uint32_t> torn;  // the first piece that was seen to have changed
   bool released = false;

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <new>
 
+#include "core/crc32c.h"
 #include "core/lane.h"
 #include "core/sample.h"
 
@@ -15,8 +16,10 @@ namespace dscheck {
 namespace {
 
 constexpr unsigned kPortableMapped = 1 | 2;
-constexpr std::size_t kAhead = 4;  // samples whose cache lines are on the way
+constexpr std::size_t kAhead = 4;                          // samples whose cache lines are on the way
+constexpr std::size_t kRunBytes = std::size_t{256} << 20;  // consumed at once, at most
 constexpr int kNice = 5;
+constexpr double kGrowth = 1.1;   // of the window from save to save: one that something else made long is no measure
 constexpr double kUsable = 0.85;  // of the measured window is counted on
 
 double now_s() { return std::chrono::duration<double>(Clock::now().time_since_epoch()).count(); }
@@ -49,7 +52,7 @@ Copier::~Copier() {
     for (const auto& capture : captures_) refuse(*capture, "the checkpointer was closed");
   }
   changed_.notify_all();
-  for (std::thread& thread : host_threads_) thread.join();
+  for (std::thread& thread : workers_) thread.join();
   lanes_.clear();
   for (const auto& capture : captures_) slabs_.push_back(capture->slab);
   for (const Slab& slab : slabs_) {
@@ -103,8 +106,9 @@ std::shared_ptr<Capture> Copier::take(std::shared_ptr<const CaptureShape> shape,
   }
   capture->smalls.assign(live.smalls.begin(), live.smalls.end());
   const std::lock_guard lock(mutex_);
-  while (capture->host_left > 0 && host_threads_.size() < std::max<std::size_t>(1, settings_.host_threads)) {
-    host_threads_.emplace_back(&Copier::work_on_host, this);
+  capture->checksums.resize(fixed.blocks);
+  while (!fixed.pieces.empty() && workers_.size() < std::max<std::size_t>(1, settings_.threads)) {
+    workers_.emplace_back(&Copier::work, this);
   }
   capture->slab = take_slab(fixed.slab_bytes, fixed.devices);
   try {
@@ -245,7 +249,9 @@ void Copier::begin_on_host(Capture& capture, const Live& live) {
 void Copier::choose_spill(Capture& capture, OnDevice& on, double window_hint_s) {
   Lane& at = lane(on.device);
   const cuda::InContext current(at.driver, at.context);
-  double capacity = kUsable * at.rate * (at.window_s > 0 ? at.window_s : window_hint_s);
+  const double window_s = at.window_s == 0 || window_hint_s == 0 ? std::max(at.window_s, window_hint_s)
+                                                                 : std::min(at.window_s, window_hint_s);
+  double capacity = kUsable * at.rate * window_s;
   for (const auto& earlier : captures_) {
     if (earlier.get() == &capture) continue;
     for (const Piece& piece : earlier->pieces) {
@@ -443,12 +449,10 @@ void Copier::copy_on_host(const std::shared_ptr<Capture>& capture, std::size_t i
   take_sample(target, piece.bytes, capture->sample(capture->shape->captured_at, index));
   take_sample(source, piece.bytes, capture->sample(capture->shape->after_at, index));
   lock.lock();
-  piece.state = State::kCopied;
-  piece.ended_s = now_s();
   --capture->under_way;
   --capture->host_left;
+  note_copied(capture, index);
   settle(*capture);
-  changed_.notify_all();
 }
 
 std::optional<std::pair<std::shared_ptr<Capture>, std::size_t>> Copier::next_on_host() {
@@ -462,13 +466,41 @@ std::optional<std::pair<std::shared_ptr<Capture>, std::size_t>> Copier::next_on_
   return std::nullopt;
 }
 
-void Copier::work_on_host() {
+// Its bytes are in the region: the checksums may follow.
+void Copier::note_copied(const std::shared_ptr<Capture>& capture, std::size_t index) {
+  Piece& piece = capture->pieces[index];
+  piece.state = State::kCopied;
+  piece.ended_s = now_s();
+  to_sum_.emplace_back(capture, index);
+  changed_.notify_all();
+}
+
+void Copier::checksum(std::unique_lock<std::mutex>& lock) {
+  const auto [capture, index] = std::move(to_sum_.front());
+  to_sum_.pop_front();
+  if (capture->failed() || capture->released) return;
+  Piece& piece = capture->pieces[index];
+  const CaptureShape& shape = *capture->shape;
+  ++capture->under_way;
+  lock.unlock();
+  const std::span<const std::byte> bytes(region_.data() + piece.slot, piece.bytes);
+  const std::size_t blocks = block_count(piece.bytes, shape.block_bytes);
+  crc32c_blocks(bytes, shape.block_bytes, {capture->checksums.data() + shape.first_block[index], blocks});
+  lock.lock();
+  piece.summed = true;
+  --capture->under_way;
+  changed_.notify_all();
+}
+
+void Copier::work() {
   // On full cores a woken thread would else take the training thread's turn for milliseconds, inside save().
   setpriority(PRIO_PROCESS, static_cast<id_t>(gettid()), kNice);
   std::unique_lock lock(mutex_);
   while (!stop_) {
     if (const auto found = next_on_host()) {
       copy_on_host(found->first, found->second, lock);
+    } else if (!to_sum_.empty()) {
+      checksum(lock);
     } else {
       changed_.wait(lock);
     }
@@ -480,11 +512,18 @@ bool Copier::wait(Capture& capture, Clock::time_point deadline) {
   return changed_.wait_until(lock, deadline, [&] { return capture.failed() || capture.captured_s != 0; });
 }
 
-bool Copier::await_piece(Capture& capture, std::size_t index, Clock::time_point deadline) {
+std::size_t Copier::await_run(Capture& capture, std::size_t first, std::size_t stop, Clock::time_point deadline) {
   std::unique_lock lock(mutex_);
-  const Piece& piece = capture.pieces[index];
-  changed_.wait_until(lock, deadline, [&] { return capture.failed() || piece.state == State::kCopied; });
-  return !capture.failed() && piece.state == State::kCopied;
+  const std::vector<Piece>& pieces = capture.pieces;
+  changed_.wait_until(lock, deadline, [&] { return capture.failed() || pieces[first].summed; });
+  if (capture.failed() || !pieces[first].summed) return 0;
+  std::size_t next = first + 1;
+  const auto follows = [&](const Piece& piece, const Piece& last) {
+    return piece.summed && piece.slot == last.slot + last.bytes &&
+           piece.slot + piece.bytes - pieces[first].slot <= kRunBytes;
+  };
+  while (next < stop && follows(pieces[next], pieces[next - 1])) ++next;
+  return next - first;
 }
 
 bool Copier::await_slab(Capture& capture, Clock::time_point deadline) {
@@ -503,12 +542,14 @@ bool Copier::await_slab(Capture& capture, Clock::time_point deadline) {
   return !capture.failed();
 }
 
-void Copier::free_piece(Capture& capture, std::size_t index) {
+void Copier::free_run(Capture& capture, std::size_t first, std::size_t count) {
   const std::lock_guard lock(mutex_);
-  Piece& piece = capture.pieces[index];
-  if (piece.state != State::kCopied) return;
-  piece.state = State::kGone;
-  ring_.free(piece.slot);
+  for (std::size_t index = first; index < first + count; ++index) {
+    Piece& piece = capture.pieces[index];
+    if (piece.state != State::kCopied) continue;
+    piece.state = State::kGone;
+    ring_.free(piece.slot);
+  }
   place();
   changed_.notify_all();
 }
@@ -579,7 +620,7 @@ void Copier::forget(Capture& capture) {
       at.recycle(timing.after);
     }
     // Without a fence the window is at least as long as the capture was there.
-    if (fenced) at.window_s = at.window_s == 0 ? window_s : 0.5 * (at.window_s + window_s);
+    if (fenced) at.window_s = at.window_s == 0 ? window_s : std::min(window_s, kGrowth * at.window_s);
     if (!fenced && capture.captured_s != 0) at.window_s = std::max(at.window_s, window_s);
     at.recycle(on.began);
     at.recycle(on.spilled);

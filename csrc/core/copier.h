@@ -36,7 +36,7 @@ struct Live {
 };
 
 struct CopierSettings {
-  std::size_t host_threads = 4;
+  std::size_t threads = 4;  // that copy host memory and compute checksums
   std::size_t device_budget = Spill::kAuto;
 };
 
@@ -69,15 +69,16 @@ class Copier {
   void fail(Capture& capture, const std::string& reason);
 
   // Waits until all is copied and proved, it failed, or the deadline: false.
-  bool wait(Capture& capture, Clock::time_point deadline);
-
-  // Waits for one piece. Its bytes lie in the region at the piece's slot. False: failed, or past the deadline.
-  bool await_piece(Capture& capture, std::size_t index, Clock::time_point deadline);
+  bool wait(Capture& capture,
+            Clock::time_point deadline);  // Waits until piece `first` and its checksums are there, and returns how many
+                                          // from it on, before `stop`, are there as
+  // well and lie side by side in the region, from its slot on. 0: failed, or past the deadline.
+  std::size_t await_run(Capture& capture, std::size_t first, std::size_t stop, Clock::time_point deadline);
 
   // Waits until small tensors and samples are in the slab.
   bool await_slab(Capture& capture, Clock::time_point deadline);
 
-  void free_piece(Capture& capture, std::size_t index);
+  void free_run(Capture& capture, std::size_t first, std::size_t count);
 
   // Nothing touches the capture's memory any more and its room is free; false when a copy does not end in time.
   bool release(Capture& capture, Clock::time_point deadline);
@@ -115,7 +116,9 @@ class Copier {
   void refuse(Capture& capture, std::string reason);
   void copy_on_host(const std::shared_ptr<Capture>& capture, std::size_t index, std::unique_lock<std::mutex>& lock);
   std::optional<std::pair<std::shared_ptr<Capture>, std::size_t>> next_on_host();
-  void work_on_host();
+  void note_copied(const std::shared_ptr<Capture>& capture, std::size_t index);
+  void checksum(std::unique_lock<std::mutex>& lock);
+  void work();
   bool quiet(const Capture& capture, std::unique_lock<std::mutex>& lock, Clock::time_point deadline);
   void discard(Capture& capture);
   void forget(Capture& capture);
@@ -129,7 +132,8 @@ class Copier {
   std::deque<std::shared_ptr<Capture>> captures_;  // the oldest first
   std::vector<std::unique_ptr<Lane>> lanes_;
   std::vector<Slab> slabs_;
-  std::vector<std::thread> host_threads_;
+  std::deque<std::pair<std::shared_ptr<Capture>, std::size_t>> to_sum_;
+  std::vector<std::thread> workers_;
 };
 
 }  // namespace dscheck

@@ -104,7 +104,6 @@ void Lane::retire() {
     if (result == cuda::kNotReady) return;
     Capture& capture = *flight.capture;
     Piece& piece = capture.pieces[flight.piece];
-    piece.ended_s = now_s();
     if (result != 0) {
       try {
         driver.check(result, "the copy from the device");
@@ -120,7 +119,6 @@ void Lane::retire() {
     }
     recycle(last_end);
     last_end = std::exchange(flight.end, nullptr);
-    piece.state = State::kCopied;
     --capture.under_way;
     if (piece.spilled) spill.free(piece.source);
     take_sample(copier.region_.data() + piece.slot, piece.bytes,
@@ -128,8 +126,8 @@ void Lane::retire() {
     for (OnDevice& on : capture.devices) {
       if (on.device == device) --on.left;
     }
+    copier.note_copied(flight.capture, flight.piece);
     flights.pop_front();
-    copier.changed_.notify_all();
   }
 }
 

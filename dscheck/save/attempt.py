@@ -17,8 +17,8 @@ from dscheck.save.coordinator import Coordinator
 from dscheck.save.handle import SaveHandle
 from dscheck.save.shares import Box, Shares
 from dscheck.save.trace import Trace
-from dscheck.save.write import Chunk, Objects
-from dscheck.snapshot import Capture, Fences, Span
+from dscheck.save.write import Objects
+from dscheck.snapshot import Capture, Chunk, Fences, Span
 from dscheck.state.leaf import FlatState
 
 

@@ -13,14 +13,12 @@ from dscheck.config import Settings
 from dscheck.errors import DscheckError
 from dscheck.manifest.files import Extent, FileRow
 from dscheck.manifest.place import CHECKSUM_ALIGNMENT, align, block_count, place
-from dscheck.native import crc32c_blocks
 from dscheck.save.trace import Trace
+from dscheck.snapshot import Chunk
 from dscheck.storage.base import ObjectWriter, Storage
 
-WRITE_BYTES = 8 << 20
-
-Chunk = NDArray[np.uint8]
-"""Contiguous bytes of one fragment. All but its last chunk are multiples of the block length."""
+WRITE_BYTES = 32 << 20
+"""Of one call: its return may have to wait 5 ms for the GIL, and a deadline is looked at before the next one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ class DataFile:
 
     def __init__(self, storage: Storage, key: str, settings: Settings, trace: Trace, stop: Callable[[], None]) -> None:
         self._storage, self._key, self._trace, self._stop = storage, key, trace, stop
-        self._block_bytes, self._threads = settings.block_bytes, settings.copy_threads
+        self._block_bytes = settings.block_bytes
 
     def write(self, rank: int, sizes: Sequence[int], fragments: Iterable[Iterable[Chunk]], objects: Objects) -> FileRow:
         """Write it durably and return its row of files.arrow.
@@ -103,12 +101,14 @@ class DataFile:
         return FileRow(rank, size, len(crcs), *extents)
 
     def _stream(self, out: _Batched, chunks: Iterable[Chunk], nbytes: int) -> list[NDArray[np.uint32]]:
-        """Append one fragment, and return the checksums of its blocks, chunk by chunk."""
+        """Append one fragment, and return the checksums of its blocks, chunk by chunk.
+
+        All but its last chunk are multiples of the block length.
+        """
         end, checksums = out.offset + nbytes, []
         for chunk in chunks:
-            with self._trace.span("checksum", chunk.nbytes):
-                checksums.append(crc32c_blocks(chunk.data, self._block_bytes, self._threads))
-            out.write(chunk.data)
+            checksums.append(chunk.checksums.copy())
+            out.write(chunk.data.data)
         if out.offset != end or sum(map(len, checksums)) != block_count(nbytes, self._block_bytes):
             raise self._wrong(f"a fragment of {nbytes} bytes came as {nbytes + out.offset - end}, or in odd chunks")
         return checksums

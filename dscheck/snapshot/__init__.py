@@ -1,9 +1,9 @@
 """Capture: live tensors become a host snapshot of the moment `save()` was called, while training goes on."""
 
 from dscheck.snapshot.bits import bits
-from dscheck.snapshot.capture import Capture, Span
+from dscheck.snapshot.capture import Capture, Chunk, Span
 from dscheck.snapshot.capturer import Capturer
 from dscheck.snapshot.fence import Fences
 from dscheck.snapshot.plan import CapturePlan, Source
 
-__all__ = ["Capture", "CapturePlan", "Capturer", "Fences", "Source", "Span", "bits"]
+__all__ = ["Capture", "CapturePlan", "Capturer", "Chunk", "Fences", "Source", "Span", "bits"]

@@ -19,6 +19,8 @@ from dscheck.native import (
     VOLATILE,
     Copier,
     NativeCapture,
+    checksums,
+    crc32c_blocks,
     matches,
     piece_sample,
     sample,
@@ -34,6 +36,18 @@ SETTLE_S = 10.0
 VERSION = operator.attrgetter("_version")
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Contiguous bytes of one fragment, and the CRC32C of each of their blocks."""
+
+    data: Bytes
+    checksums: np.ndarray[Any, np.dtype[np.uint32]]
+
+    @classmethod
+    def of(cls, data: Bytes, block_bytes: int) -> Chunk:
+        return cls(data, crc32c_blocks(data.data, block_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +180,7 @@ class Capture:
                     plan.calm.note(self._versions, [piece_sample(self._native, int(i)) for i in plan.unowned])
                 self._held, self._versioned, self._proved = None, [], True
 
-    def chunks(self, index: int) -> Iterator[Bytes]:
+    def chunks(self, index: int) -> Iterator[Chunk]:
         """The bytes of source `index`, in order; each chunk but the last a multiple of the block. Waits for them.
 
         A chunk's memory is given back when the next one is asked for. Sources are consumed in order, by one thread.
@@ -177,13 +191,11 @@ class Capture:
                 raise self._late()
             data = self._copier.slab(self._native, layout.offset, self._plan.sizes[index])
             self._check(len(self._plan.piece_source) + layout.entry, data)
-            yield data
+            yield Chunk.of(data, self._plan.block_bytes)
         elif layout.dense is None:
-            for piece in range(layout.start, layout.stop):
-                yield self._piece(piece)
-                self._copier.free_piece(self._native, piece)
+            yield from self._runs(layout)
         else:
-            yield self._in_order(layout, self._plan.sizes[index])
+            yield Chunk.of(self._in_order(layout, self._plan.sizes[index]), self._plan.block_bytes)
 
     def sample(self, index: int) -> bytes:
         """256 bytes of watched region `index`, as of construction."""
@@ -200,7 +212,7 @@ class Capture:
         owner: Any,
         steps: int,
         version: int | None,
-    ) -> Bytes:
+    ) -> Chunk:
         """Capture `view`, part of `region`, now, as of the moment of construction.
 
         For a rank that learns only from the plan that it writes it. `before` is the sample of `region` of that moment,
@@ -211,7 +223,7 @@ class Capture:
         counted = owner is not None and self._count(owner) == steps
         if self._told_free or not counted or _version(view) != version or before != after:
             raise _torn(name, "this rank learned too late that it is the writer of it")
-        return data
+        return Chunk.of(data, self._plan.block_bytes)
 
     def release(self) -> bool:
         """Give back whatever is left of it. False: a copy hangs, and its memory cannot be used again."""
@@ -220,23 +232,34 @@ class Capture:
             self._held, self._versioned = None, []
         return settled
 
-    def _piece(self, index: int) -> Bytes:
-        if not self._copier.await_piece(self._native, index, self._deadline):
-            raise self._late()
-        data = self._copier.piece(self._native, index)
-        self._check(index, data)
-        return data
+    def _runs(self, layout: Pieces) -> Iterator[Chunk]:
+        """Pieces that lie side by side are taken together: each return from native code may wait 5 ms for the GIL."""
+        first = layout.start
+        while first < layout.stop:
+            count = self._copier.await_run(self._native, first, layout.stop, self._deadline)
+            if not count:
+                raise self._late()
+            data = self._copier.run(self._native, first, count)
+            self._check_run(first, count, data)
+            yield Chunk(data, np.frombuffer(checksums(self._native, first, count), np.uint32))
+            self._copier.free_run(self._native, first, count)
+            first += count
+
+    def _check_run(self, first: int, count: int, data: Bytes) -> None:
+        at = 0
+        for piece in range(first, first + count if self._plan.check else first):
+            size = int(self._plan.pieces.sizes[piece])
+            self._check(piece, data[at : at + size])
+            at += size
 
     def _in_order(self, layout: Pieces, nbytes: int) -> Bytes:
         """A permuted tensor in row-major order."""
         assert layout.dense is not None
         shape, stride, dtype = layout.dense
         raw, at = torch.empty(nbytes, dtype=torch.uint8), 0
-        for piece in range(layout.start, layout.stop):
-            data = self._piece(piece)
-            raw.numpy()[at : at + len(data)] = data
-            at += len(data)
-            self._copier.free_piece(self._native, piece)
+        for chunk in self._runs(layout):
+            raw.numpy()[at : at + len(chunk.data)] = chunk.data
+            at += len(chunk.data)
         return _on_host(raw.view(dtype).as_strided(shape, stride))
 
     def _check(self, entry: int, data: Bytes) -> None:

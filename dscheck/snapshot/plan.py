@@ -95,7 +95,7 @@ class CapturePlan:
         self.sizes = [source.view.numel() * source.view.itemsize for source in sources]
         self.nbytes = sum(self.sizes)
         self.owners = _distinct(source.owner for source in sources if source.owner is not None)
-        self.check = check
+        self.check, self.block_bytes = check, block_bytes
         self._piece_bytes = _piece_bytes(piece_bytes, block_bytes, host_budget)
         self._count = len(locals)
         self.copied: list[Copied] = []
@@ -124,7 +124,7 @@ class CapturePlan:
         self.shape = CaptureShape(
             self.pieces.sizes, self.pieces.devices,
             self.smalls.sizes, self.smalls.devices, np.array(self._targets(), np.uint64),
-            self.watched.sizes, self.watched.devices, check,
+            self.watched.sizes, self.watched.devices, block_bytes, check,
         )  # fmt: skip
 
     def piece_names(self, index: int) -> str:

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from dscheck.config import Settings
 from dscheck.errors import DscheckError, TornSnapshotError
 from dscheck.manifest.place import place
 from dscheck.native import crc32c_blocks
 from dscheck.save.trace import Trace
-from dscheck.save.write import WRITE_BYTES, Chunk, DataFile, Objects
+from dscheck.save.write import WRITE_BYTES, DataFile, Objects
+from dscheck.snapshot import Chunk
 from dscheck.storage.base import Storage
 from tests.end_to_end.worlds import fresh
 
@@ -23,18 +25,22 @@ NOISE = np.random.default_rng(3).integers(0, 256, 3 * WRITE_BYTES, dtype=np.uint
 OBJECTS = Objects(b"ours", b"mine of this rank")
 
 
-def data_file(storage: Storage, threads: int = 2) -> DataFile:
-    settings = Settings(block_bytes=BLOCK, copy_threads=threads)
+def data_file(storage: Storage) -> DataFile:
+    settings = Settings(block_bytes=BLOCK)
     return DataFile(storage, "steps/1/1/data-0.bin", settings, Trace(None, 1, 0), lambda: None)
 
 
-def reused(data: Chunk, chunk_bytes: int) -> Iterator[Chunk]:
+def chunk_of(data: NDArray[np.uint8]) -> Chunk:
+    return Chunk.of(data, BLOCK)
+
+
+def reused(data: NDArray[np.uint8], chunk_bytes: int) -> Iterator[Chunk]:
     """Chunks in one memory, as the ring of a small budget gives them."""
     memory = np.empty(chunk_bytes, np.uint8)
     for start in range(0, len(data), chunk_bytes):
         chunk = data[start : start + chunk_bytes]
         memory[: len(chunk)] = chunk
-        yield memory[: len(chunk)]
+        yield chunk_of(memory[: len(chunk)])
         memory[:] = 0
 
 
@@ -58,7 +64,9 @@ def test_chunks_give_the_file_that_whole_fragments_would(sizes: list[int], block
 def test_a_large_chunk_is_written_in_parts_and_small_ones_together() -> None:
     storage = fresh()
     sizes = [len(NOISE), 5, 5]
-    row = data_file(storage).write(0, sizes, ([NOISE], [NOISE[:5]], [NOISE[5:10]]), OBJECTS)
+    row = data_file(storage).write(
+        0, sizes, ([chunk_of(NOISE)], [chunk_of(NOISE[:5])], [chunk_of(NOISE[5:10])]), OBJECTS
+    )
     assert storage.read("steps/1/1/data-0.bin")[: len(NOISE)] == NOISE.tobytes()
     assert row.blocks == len(NOISE) // BLOCK + 2
 
@@ -68,10 +76,10 @@ def test_a_large_chunk_is_written_in_parts_and_small_ones_together() -> None:
     [[NOISE[:BLOCK]], [NOISE[: 3 * BLOCK]], [NOISE[:100], NOISE[100 : 2 * BLOCK]], []],
     ids=["too few bytes", "too many bytes", "a chunk that ends within a block", "none"],
 )
-def test_chunks_that_are_not_the_fragment_are_refused(chunks: list[Chunk]) -> None:
+def test_chunks_that_are_not_the_fragment_are_refused(chunks: list[NDArray[np.uint8]]) -> None:
     storage = fresh()
     with pytest.raises(DscheckError, match=r"data-0\.bin: a fragment of 8192 bytes"):
-        data_file(storage).write(0, [2 * BLOCK], [chunks], OBJECTS)
+        data_file(storage).write(0, [2 * BLOCK], [map(chunk_of, chunks)], OBJECTS)
     assert list(storage.list("")) == []
 
 
@@ -79,7 +87,7 @@ def test_an_error_of_the_capture_leaves_no_file() -> None:
     """Also one that comes behind the last chunk: what was written counts only with the proof."""
 
     def torn() -> Iterator[Iterable[Chunk]]:
-        yield [NOISE[:BLOCK]]
+        yield [chunk_of(NOISE[:BLOCK])]
         raise TornSnapshotError("injected", tensor="w")
 
     storage = fresh()

@@ -84,7 +84,7 @@ def all_bytes(tensors: Sequence[torch.Tensor]) -> list[bytes]:
 
 
 def consume(capture: Capture, count: int) -> list[bytes]:
-    return [b"".join(chunk.tobytes() for chunk in capture.chunks(index)) for index in range(count)]
+    return [b"".join(chunk.data.tobytes() for chunk in capture.chunks(index)) for index in range(count)]
 
 
 def consumed_beside(capture: Capture, count: int, meanwhile: Callable[[], None]) -> list[bytes]:
