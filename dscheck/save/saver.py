@@ -84,7 +84,9 @@ class Saver:
         attempt = self._attempt(step, SaveHandle(step, self._settings.timeout_s))
         attempt.error, attempt.handle.stats.in_flight = error, len(self._in_flight)
         span = attempt.trace.open(TRAINING, "save()", began)
+        taking = attempt.trace.open(TRAINING, "take the moment", time.monotonic())
         capture = None if shares is None else self._take(attempt, flat, shares)
+        taking.ended = time.monotonic()
         self._enqueue(attempt)
         if capture is not None:
             capture.hold()

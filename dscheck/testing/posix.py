@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -90,11 +91,16 @@ class Disk:
         return os.path.join(folder, "*" if name.startswith(".put-") else name)
 
 
+_IN_TURN = threading.RLock()
+"""Held from the call to its note: else what one thread does in a folder may be noted before the folder of another."""
+
+
 def _recorded(call: Callable[..., Any], note: Callable[..., object]) -> Callable[..., Any]:
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        result = call(*args, **kwargs)
-        note(result, *args)
-        return result
+        with _IN_TURN:
+            result = call(*args, **kwargs)
+            note(result, *args)
+            return result
 
     return recorded
 

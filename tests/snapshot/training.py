@@ -24,6 +24,10 @@ class Job:
     step: Callable[[], None]
 
 
+HOW = {"foreach", "fused", "capturable", "differentiable"}
+"""How a step is computed, which is not stored; torch.compile makes an optimizer capturable."""
+
+
 def image(value: Any) -> Any:
     """Copies of all tensors in `value` as they are now, wrappers by their inner tensors; plain data copied."""
     if isinstance(value, torch.Tensor):
@@ -33,7 +37,7 @@ def image(value: Any) -> Any:
     if callable(getattr(value, "state_dict", None)):
         return image(value.state_dict())
     if isinstance(value, Mapping):
-        return {key: image(item) for key, item in value.items()}
+        return {key: image(item) for key, item in value.items() if key not in HOW}
     if isinstance(value, list | tuple):
         return [image(item) for item in value]
     return copy.deepcopy(value)
