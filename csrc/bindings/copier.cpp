@@ -109,6 +109,8 @@ bool waiting(Copier& copier, const Handle& capture, double deadline_s) {
 }
 
 std::size_t await_run(Copier& copier, const Handle& capture, std::size_t first, std::size_t stop, double deadline_s) {
+  const std::size_t there = copier.await_run(*capture, first, stop, Clock::time_point{});
+  if (there > 0) return there;
   const nb::gil_scoped_release released;
   return copier.await_run(*capture, first, stop, at(deadline_s));
 }

@@ -31,6 +31,9 @@ std::uint32_t checksum(nb::handle data, std::int64_t value) {
   return kFunction(view.bytes(), start);
 }
 
+// A few dozen microseconds are not worth the 5 ms that it can take to get the GIL back.
+constexpr std::size_t kKeepGil = std::size_t{256} << 10;
+
 std::size_t at_least_one(const char* name, std::int64_t value) {
   if (value <= 0) {
     throw nb::value_error((std::string(name) + ": expected at least 1, got " + std::to_string(value)).c_str());
@@ -44,9 +47,12 @@ Checksums block_checksums(nb::handle data, std::int64_t block_bytes, std::int64_
   const ByteView view(data);
   const std::size_t count = block_count(view.bytes().size(), length);
   auto checksums = std::make_unique<std::uint32_t[]>(count);
-  {
+  const auto compute = [&] { crc32c_blocks(view.bytes(), length, {checksums.get(), count}, most); };
+  if (view.bytes().size() < kKeepGil) {
+    compute();
+  } else {
     const nb::gil_scoped_release released;
-    crc32c_blocks(view.bytes(), length, {checksums.get(), count}, most);
+    compute();
   }
   std::uint32_t* const first = checksums.get();
   const nb::capsule owner(first, [](void* p) noexcept { delete[] static_cast<std::uint32_t*>(p); });

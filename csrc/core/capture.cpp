@@ -36,7 +36,7 @@ void CaptureShape::arrange() {
   after_at = next(samples);
   captured_at = next(samples);
   watched_at = next(watched.size() * kSampleBytes);
-  tables_at = next((pieces.size() + 2 * smalls.size() + watched.size()) * sizeof(Entry));
+  tables_at = next((2 * pieces.size() + 2 * smalls.size() + watched.size()) * sizeof(Entry));
   hashes_at = next(check ? (pieces.size() + smalls.size()) * kHashBytes : 0);
   slab_bytes = at;
 }

@@ -18,6 +18,7 @@ namespace {
 constexpr unsigned kPortableMapped = 1 | 2;
 constexpr std::size_t kAhead = 4;                          // samples whose cache lines are on the way
 constexpr std::size_t kRunBytes = std::size_t{256} << 20;  // consumed at once, at most
+constexpr unsigned kSpillRows = 8;                         // blocks of threads a piece
 constexpr int kNice = 5;
 constexpr double kGrowth = 1.1;   // of the window from save to save: one that something else made long is no measure
 constexpr double kUsable = 0.85;  // of the measured window is counted on
@@ -259,37 +260,49 @@ void Copier::choose_spill(Capture& capture, OnDevice& on, double window_hint_s) 
       if (waits && !earlier->failed()) capacity -= static_cast<double>(piece.bytes);
     }
   }
-  for (Piece& piece : capture.pieces) {
-    if (piece.device == on.device && piece.owner == kVolatile) spill(on, piece);
+  const std::size_t first = capture.tabled;
+  for (std::uint32_t index = 0; index < capture.pieces.size(); ++index) {
+    const Piece& piece = capture.pieces[index];
+    if (piece.device == on.device && piece.owner == kVolatile) spill(capture, on, index);
   }
-  for (Piece& piece : capture.pieces) {
+  for (std::uint32_t index = 0; index < capture.pieces.size(); ++index) {
+    const Piece& piece = capture.pieces[index];
     if (piece.device != on.device || piece.owner < 0) continue;
     const double bytes = static_cast<double>(piece.bytes);
     if (piece.placed && bytes <= capacity) {
       capacity -= bytes;
       on.pace_bytes += piece.bytes;
-    } else if (!spill(on, piece)) {
+    } else if (!spill(capture, on, index)) {
       on.pace_bytes += piece.bytes;
     }
   }
-  if (on.spilled != nullptr) at.driver.check(at.driver.cuEventRecord(on.spilled, at.aside), "cuEventRecord");
+  launch_spill(capture, on, first);
 }
 
-// Copies one piece on its device, behind what made it, so that its owner need not wait for the host. False: no room.
-bool Copier::spill(OnDevice& on, Piece& piece) {
-  Lane& at = lane(on.device);
-  if (piece.bytes > Spill::kBlockBytes) return false;
-  const auto address = at.spill.allocate(piece.bytes);
+// A place in spill memory for one piece, so that its owner need not wait for the host; launch_spill() copies. False: no
+// room.
+bool Copier::spill(Capture& capture, OnDevice& on, std::uint32_t index) {
+  Piece& piece = capture.pieces[index];
+  const auto address = piece.bytes > Spill::kBlockBytes ? std::nullopt : lane(on.device).spill.allocate(piece.bytes);
   if (!address) return false;
-  if (const int result = at.driver.cuMemcpyDtoDAsync(*address, piece.source, piece.bytes, at.aside); result != 0) {
-    at.spill.free(*address);
-    at.driver.check(result, "cuMemcpyDtoDAsync");
-  }
+  Entry* const tables = reinterpret_cast<Entry*>(capture.slab.data + capture.shape->tables_at);
+  tables[capture.tabled++] = {piece.source, piece.bytes, *address};
   piece.source = *address;
   piece.spilled = true;
   on.spilled_cursor = 0;
-  if (on.spilled == nullptr) on.spilled = at.event();
   return true;
+}
+
+// Copies what spill() has listed from entry `first` on, behind all that the training stream held at save().
+void Copier::launch_spill(Capture& capture, OnDevice& on, std::size_t first) {
+  const std::size_t count = capture.tabled - first;
+  if (count == 0) return;
+  Lane& at = lane(on.device);
+  const Entry* const tables = reinterpret_cast<const Entry*>(capture.slab.data + capture.shape->tables_at);
+  // One kernel for all: hundreds of copies would cost the training thread some microseconds each.
+  at.launch(at.gather, static_cast<unsigned>(count), kSpillRows, 256, at.aside, tables + first, nullptr);
+  if (on.spilled == nullptr) on.spilled = at.event();
+  at.driver.check(at.driver.cuEventRecord(on.spilled, at.aside), "cuEventRecord");
 }
 
 // Places in the region, for the pieces of all captures in the order in which they are consumed.
@@ -335,23 +348,18 @@ bool Copier::advance(Capture& capture, std::int32_t owner, std::unique_lock<std:
     if (on.proved) continue;
     Lane& at = lane(on.device);
     const cuda::InContext current(at.driver, at.context);
-    const bool had_spilled = on.spilled != nullptr;
-    bool more = false;
+    const std::size_t first = capture.tabled;
     for (const std::uint32_t index : on.order) {
       Piece& piece = capture.pieces[index];
       if (!belongs(piece, owner) || piece.spilled || piece.state != State::kPending) continue;
       on.urgent = true;
       if (piece.placed) {
         at.enqueue(capture.shared_from_this(), on, index);
-      } else if (spill(on, piece)) {
-        more = true;
       } else {
-        done = false;
+        done = spill(capture, on, index) && done;
       }
     }
-    if (more || had_spilled != (on.spilled != nullptr)) {
-      at.driver.check(at.driver.cuEventRecord(on.spilled, at.aside), "cuEventRecord");
-    }
+    launch_spill(capture, on, first);
   }
   if (capture.host_left == 0) return done;
   for (std::size_t index = 0; index < capture.pieces.size(); ++index) {

@@ -106,7 +106,8 @@ class Copier {
   void order_by_owner(Capture& capture, OnDevice& on);
   void begin_on_host(Capture& capture, const Live& live);
   void choose_spill(Capture& capture, OnDevice& on, double window_hint_s);
-  bool spill(OnDevice& on, Piece& piece);
+  bool spill(Capture& capture, OnDevice& on, std::uint32_t index);
+  void launch_spill(Capture& capture, OnDevice& on, std::size_t first);
   void place();
   bool advance(Capture& capture, std::int32_t owner, std::unique_lock<std::mutex>& lock);
   void hold_back(Capture& capture, std::int32_t owner, const Streams& streams);

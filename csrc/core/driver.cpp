@@ -28,8 +28,7 @@ bool load(Driver& d) noexcept {
          find(library, "cuEventCreate", d.cuEventCreate) && find(library, "cuEventDestroy_v2", d.cuEventDestroy) &&
          find(library, "cuEventRecord", d.cuEventRecord) && find(library, "cuEventQuery", d.cuEventQuery) &&
          find(library, "cuEventElapsedTime", d.cuEventElapsedTime) &&
-         find(library, "cuMemcpyDtoHAsync_v2", d.cuMemcpyDtoHAsync) &&
-         find(library, "cuMemcpyDtoDAsync_v2", d.cuMemcpyDtoDAsync) && find(library, "cuMemAlloc_v2", d.cuMemAlloc) &&
+         find(library, "cuMemcpyDtoHAsync_v2", d.cuMemcpyDtoHAsync) && find(library, "cuMemAlloc_v2", d.cuMemAlloc) &&
          find(library, "cuMemFree_v2", d.cuMemFree) && find(library, "cuMemGetInfo_v2", d.cuMemGetInfo) &&
          find(library, "cuMemHostAlloc", d.cuMemHostAlloc) && find(library, "cuMemFreeHost", d.cuMemFreeHost) &&
          find(library, "cuMemHostRegister_v2", d.cuMemHostRegister) &&

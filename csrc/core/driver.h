@@ -46,7 +46,6 @@ struct Driver {
   int (*cuEventQuery)(Event);
   int (*cuEventElapsedTime)(float*, Event, Event);
   int (*cuMemcpyDtoHAsync)(void*, Address, std::size_t, Stream);
-  int (*cuMemcpyDtoDAsync)(Address, Address, std::size_t, Stream);
   int (*cuMemAlloc)(Address*, std::size_t);
   int (*cuMemFree)(Address);
   int (*cuMemGetInfo)(std::size_t*, std::size_t*);

@@ -8,21 +8,29 @@ struct Entry {
   unsigned long long source, bytes, target;
 };
 
-// Copies small tensors into page-locked host memory: `target` is a byte offset in `out`, a multiple of 16.
-// One row of blocks an entry, each takes 16 KiB at a time.
+// Copies `count` units of one width, shared by all threads of a row.
+template <typename Unit>
+__device__ void copy_units(const unsigned char* source, unsigned char* target, unsigned long long count) {
+  const unsigned long long stride = (unsigned long long)gridDim.y * blockDim.x;
+  for (unsigned long long i = (unsigned long long)blockIdx.y * blockDim.x + threadIdx.x; i < count; i += stride)
+    reinterpret_cast<Unit*>(target)[i] = reinterpret_cast<const Unit*>(source)[i];
+}
+
+// Copies pieces: small tensors into page-locked host memory, or large ones to spill memory. `target` is a byte offset
+// in `out`, or an address when `out` is null, and a multiple of 16. One row of blocks an entry.
 extern "C" __global__ void dscheck_gather(const Entry* table, unsigned char* out) {
   const Entry entry = table[blockIdx.x];
   const unsigned char* source = reinterpret_cast<const unsigned char*>(entry.source);
-  unsigned char* target = out + entry.target;
-  const unsigned long long first = (unsigned long long)blockIdx.y * blockDim.x + threadIdx.x;
-  const unsigned long long stride = (unsigned long long)gridDim.y * blockDim.x;
-  unsigned long long done = 0;
-  if (entry.source % 16 == 0) {
-    done = entry.bytes / 16 * 16;
-    for (unsigned long long i = first; i < entry.bytes / 16; i += stride)
-      reinterpret_cast<uint4*>(target)[i] = reinterpret_cast<const uint4*>(source)[i];
+  unsigned char* target = reinterpret_cast<unsigned char*>(reinterpret_cast<unsigned long long>(out) + entry.target);
+  const unsigned long long width = entry.source % 16 == 0 ? 16 : entry.source % 4 == 0 ? 4 : 1;
+  const unsigned long long whole = entry.bytes / width * width;
+  if (width == 16) {
+    copy_units<uint4>(source, target, entry.bytes / 16);
+  } else if (width == 4) {
+    copy_units<unsigned>(source, target, entry.bytes / 4);
   }
-  for (unsigned long long i = done + first; i < entry.bytes; i += stride) target[i] = source[i];
+  const unsigned long long done = width == 1 ? 0 : whole;
+  copy_units<unsigned char>(source + done, target + done, entry.bytes - done);
 }
 
 // 256 bytes of each piece, as take_sample() in csrc/core/sample.h: one block of 256 threads an entry; `target` counts

@@ -62,6 +62,7 @@ class Saver:
     def prepare(self, flat: FlatState) -> None:
         """Get threads, memory and plan ready for saves of this structure, ahead of the first one."""
         self._pipeline.start()
+        self._pipeline.capturer.window_hint_s = self._fences.window_s
         self._pipeline.capturer.prepare(self._shares(self._holdings_of(flat), flat).plan)
 
     def save(self, step: int, flat: FlatState, began: float) -> SaveHandle:

@@ -94,7 +94,7 @@ class Capture:
         self._told_free = False
         self._error: Exception | None = None
         self._proving = threading.Lock()
-        self._proved = False
+        self._proved = self._slab_there = False
         self.nbytes = plan.nbytes
         self.host_memory_s = 0.0
         self._fence_s = 0.0
@@ -187,8 +187,7 @@ class Capture:
         """
         layout = self._plan.layouts[index]
         if isinstance(layout, Small):
-            if not self._copier.await_slab(self._native, self._deadline):
-                raise self._late()
+            self._await_slab()
             data = self._copier.slab(self._native, layout.offset, self._plan.sizes[index])
             self._check(len(self._plan.piece_source) + layout.entry, data)
             yield Chunk.of(data, self._plan.block_bytes)
@@ -199,8 +198,7 @@ class Capture:
 
     def sample(self, index: int) -> bytes:
         """256 bytes of watched region `index`, as of construction."""
-        if not self._copier.await_slab(self._native, self._deadline):
-            raise self._late()
+        self._await_slab()
         return watched_sample(self._native, index)
 
     def late(
@@ -231,6 +229,11 @@ class Capture:
         if settled:
             self._held, self._versioned = None, []
         return settled
+
+    def _await_slab(self) -> None:
+        if not self._slab_there and not self._copier.await_slab(self._native, self._deadline):
+            raise self._late()
+        self._slab_there = True
 
     def _runs(self, layout: Pieces) -> Iterator[Chunk]:
         """Pieces that lie side by side are taken together: each return from native code may wait 5 ms for the GIL."""

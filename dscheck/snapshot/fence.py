@@ -11,6 +11,8 @@ import torch
 
 from dscheck.snapshot.capture import Capture
 
+WINDOWS = 2
+
 
 class Fences:
     """The hooks of one Checkpointer on optimizers and modules, and the captures they hold back for.
@@ -26,6 +28,8 @@ class Fences:
         self._handles: list[Any] = []
         self._captures: tuple[Capture, ...] = ()
         self._first_steps: Callable[[], None] | None = None
+        self._window_known: Callable[[], None] | None = None
+        self._windows: list[float] = []
         self._stepped: weakref.WeakSet[Any] = weakref.WeakSet()
         self._marks: list[torch.Event] = []
         self._marked: int | None = None
@@ -49,10 +53,10 @@ class Fences:
                 self._handles.append(hook)
 
     def on_first_steps(self, callback: Callable[[], None]) -> None:
-        """Call `callback` once, on the training thread, when each watched optimizer has stepped for the first time:
-        their state exists then (TRAPS 22).
+        """Call `callback` on the training thread when each watched optimizer has stepped for the first time, since
+        their state exists then (TRAPS 22), and once more when `window_s` is known.
         """
-        self._first_steps = callback
+        self._first_steps = self._window_known = callback
 
     def guard(self, capture: Capture | None) -> None:
         """Hold back for `capture` as well, until it is released."""
@@ -113,13 +117,18 @@ class Fences:
                 self._marks[-1].record()
 
     def _measure(self) -> None:
-        """The window, once it has passed on the device; else the next one is marked."""
+        """Windows as they pass on the device, until there are enough: the first ones may be long, with warming up."""
         if len(self._marks) == 2:
             if not self._marks[1].query():
                 return
-            self.window_s = self._marks[0].elapsed_time(self._marks[1]) * 1e-3
+            self._windows.append(self._marks[0].elapsed_time(self._marks[1]) * 1e-3)
         self._marks.clear()
-        self._mark()
+        if len(self._windows) < WINDOWS:
+            self._mark()
+            return
+        self.window_s = min(self._windows)
+        if self._window_known is not None:
+            self._window_known()
 
     def _before_optimizer_load(self, optimizer: Any, state_dict: Any) -> None:
         self._before_step(optimizer)
