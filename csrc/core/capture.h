@@ -116,6 +116,7 @@ struct Capture : std::enable_shared_from_this<Capture> {
   std::string failure;                // why it is refused, or nothing
   std::optional<std::uint32_t> torn;  // the first piece that was seen to have changed
   bool released = false;
+  bool hurried = false;  // somebody waits for its room: no pauses between its copies
   double began_s = 0, captured_s = 0;
   double stalled_s = 0;  // that fences held up the devices; known once it is released
 

@@ -637,6 +637,12 @@ void Copier::forget(Capture& capture) {
   if (capture.slab.data != nullptr) slabs_.push_back(std::exchange(capture.slab, Slab{}));
 }
 
+void Copier::hurry() {
+  const std::lock_guard lock(mutex_);
+  for (const auto& capture : captures_) capture->hurried = true;
+  for (const auto& known : lanes_) known->due = {};
+}
+
 bool Copier::has_room(std::size_t bytes) const {
   const std::lock_guard lock(mutex_);
   const bool placed = std::all_of(captures_.begin(), captures_.end(),

@@ -83,6 +83,9 @@ class Copier {
   // Nothing touches the capture's memory any more and its room is free; false when a copy does not end in time.
   bool release(Capture& capture, Clock::time_point deadline);
 
+  // Somebody waits for room: what is under way is copied without pauses.
+  void hurry();
+
   // Whether a capture of these pieces would find its places now.
   bool has_room(std::size_t bytes) const;
 

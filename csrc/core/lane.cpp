@@ -182,7 +182,7 @@ std::optional<std::pair<std::shared_ptr<Capture>, std::uint32_t>> Lane::next() {
 
 // Seconds from the start of this copy to the start of the next, so that others get at the copy engine in between.
 double Lane::pause(const Capture& capture, const OnDevice& on, const Piece& piece) const {
-  if (copier.captures_.back().get() != &capture) return 0;  // the next save waits
+  if (capture.hurried || copier.captures_.back().get() != &capture) return 0;  // the next save waits
   const double least = static_cast<double>(piece.bytes) / rate;
   if (piece.spilled) return least / kRelaxed;
   if (on.urgent || window_s == 0 || on.pace_bytes == 0) return 0;
@@ -231,12 +231,14 @@ void Lane::calibrate(std::unique_lock<std::mutex>& lock) {
       driver.cuEventRecord(end, aside);
       driver.cuStreamSynchronize(aside);
       driver.cuEventElapsedTime(&elapsed_ms, begin, end);
+      lock.lock();  // freeing waits for all that training has enqueued: this cannot
+      if (elapsed_ms > 0 && !measured) rate = static_cast<double>(kBytes) / (elapsed_ms * 1e-3);
+      lock.unlock();
       driver.cuMemFreeHost(target);
     }
     driver.cuMemFree(source);
   }
   lock.lock();
-  if (elapsed_ms > 0 && !measured) rate = static_cast<double>(kBytes) / (elapsed_ms * 1e-3);
   recycle(begin);
   recycle(end);
 }

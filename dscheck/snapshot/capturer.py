@@ -68,7 +68,10 @@ class Capturer:
             self._copier.prepare(self._copier.asked + plan.region_bytes, plan.devices, 0)
             return True
         # Less than one capture's size: it passes through, and never fits whole.
-        return plan.region_bytes > self._budget(plan) and self._copier.has_room(0)
+        if plan.region_bytes > self._budget(plan) and self._copier.has_room(0):
+            return True
+        self._copier.hurry()
+        return False
 
     def take(self, plan: CapturePlan, locals: Sequence[torch.Tensor], deadline: float) -> Capture:
         """The state of this moment, up to `Capture.hold`, which must follow."""
