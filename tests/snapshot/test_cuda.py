@@ -74,6 +74,26 @@ def test_a_change_behind_the_fence_is_refused() -> None:
         capture.wait()
 
 
+def test_training_at_the_edge_of_memory_never_fails_for_a_save() -> None:
+    """TRAPS 21: spill memory is what the driver has left beside a reserve, and none when that is not there."""
+    job = training()
+    job.step()
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    ballast = torch.empty(free - (3 << 29), dtype=torch.uint8, device="cuda")
+    for _ in range(4):
+        expected = all_bytes(job.locals())
+        capture = job.capture()
+        held = torch.ones(1 << 28, device="cuda")  # 1 GiB, as a forward pass needs it
+        job.step()
+        del held
+        capture.wait()
+        assert consume(capture, len(expected)) == expected
+        job.end(capture)
+    assert job.capturer._copier.spill_bytes(0) == 0
+    del ballast
+
+
 def test_the_region_is_page_locked() -> None:
     job = training()
     job.capture().wait()
