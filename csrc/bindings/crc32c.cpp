@@ -34,20 +34,15 @@ std::uint32_t checksum(nb::handle data, std::int64_t value) {
 // A few dozen microseconds are not worth the 5 ms that it can take to get the GIL back.
 constexpr std::size_t kKeepGil = std::size_t{256} << 10;
 
-std::size_t at_least_one(const char* name, std::int64_t value) {
-  if (value <= 0) {
-    throw nb::value_error((std::string(name) + ": expected at least 1, got " + std::to_string(value)).c_str());
+Checksums block_checksums(nb::handle data, std::int64_t block_bytes) {
+  if (block_bytes <= 0) {
+    throw nb::value_error(("block_bytes: expected at least 1, got " + std::to_string(block_bytes)).c_str());
   }
-  return static_cast<std::size_t>(value);
-}
-
-Checksums block_checksums(nb::handle data, std::int64_t block_bytes, std::int64_t threads) {
-  const std::size_t length = at_least_one("block_bytes", block_bytes);
-  const std::size_t most = at_least_one("threads", threads);
+  const std::size_t length = static_cast<std::size_t>(block_bytes);
   const ByteView view(data);
   const std::size_t count = block_count(view.bytes().size(), length);
   auto checksums = std::make_unique<std::uint32_t[]>(count);
-  const auto compute = [&] { crc32c_blocks(view.bytes(), length, {checksums.get(), count}, most); };
+  const auto compute = [&] { crc32c_blocks(view.bytes(), length, {checksums.get(), count}); };
   if (view.bytes().size() < kKeepGil) {
     compute();
   } else {
@@ -66,7 +61,7 @@ void bind_crc32c(nb::module_& module) {
   using namespace nb::literals;
   module.def("crc32c", &checksum<&crc32c>, "data"_a.none(), "value"_a = 0);
   module.def("crc32c_scalar", &checksum<&crc32c_scalar>, "data"_a.none(), "value"_a = 0);
-  module.def("crc32c_blocks", &block_checksums, "data"_a.none(), "block_bytes"_a, "threads"_a = 1);
+  module.def("crc32c_blocks", &block_checksums, "data"_a.none(), "block_bytes"_a);
   module.def("crc32c_is_accelerated", &crc32c_is_accelerated);
 }
 

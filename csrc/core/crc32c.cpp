@@ -4,9 +4,6 @@
 #include <array>
 #include <bit>
 #include <cstring>
-#include <exception>
-#include <thread>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <nmmintrin.h>
@@ -133,17 +130,6 @@ Append best_append() {
   return chosen;
 }
 
-// A thread is started in some 20 microseconds; these take some 80.
-constexpr std::size_t kThreadBytes = 1 << 20;
-
-void append_blocks(std::span<const std::byte> data, std::size_t block_bytes, std::span<std::uint32_t> out) noexcept {
-  for (std::uint32_t& crc : out) {
-    const std::size_t taken = std::min(block_bytes, data.size());
-    crc = crc32c(data.first(taken));
-    data = data.subspan(taken);
-  }
-}
-
 }  // namespace
 
 std::uint32_t crc32c(std::span<const std::byte> data, std::uint32_t value) noexcept {
@@ -156,23 +142,12 @@ std::uint32_t crc32c_scalar(std::span<const std::byte> data, std::uint32_t value
 
 bool crc32c_is_accelerated() noexcept { return best_append() != append_scalar; }
 
-void crc32c_blocks(std::span<const std::byte> data, std::size_t block_bytes, std::span<std::uint32_t> out,
-                   std::size_t threads) noexcept {
-  const std::size_t parts = std::clamp<std::size_t>(data.size() / kThreadBytes, 1, threads);
-  const std::size_t blocks = (out.size() + parts - 1) / parts;
-  std::vector<std::thread> others;
-  while (out.size() > blocks) {
-    const auto bytes = data.first(blocks * block_bytes);
-    try {
-      others.emplace_back(append_blocks, bytes, block_bytes, out.first(blocks));
-    } catch (const std::exception&) {  // no memory, or no more threads: do it here
-      append_blocks(bytes, block_bytes, out.first(blocks));
-    }
-    data = data.subspan(bytes.size());
-    out = out.subspan(blocks);
+void crc32c_blocks(std::span<const std::byte> data, std::size_t block_bytes, std::span<std::uint32_t> out) noexcept {
+  for (std::uint32_t& crc : out) {
+    const std::size_t taken = std::min(block_bytes, data.size());
+    crc = crc32c(data.first(taken));
+    data = data.subspan(taken);
   }
-  append_blocks(data, block_bytes, out);
-  for (std::thread& other : others) other.join();
 }
 
 }  // namespace dscheck

@@ -21,9 +21,7 @@ constexpr std::size_t block_count(std::size_t data_bytes, std::size_t block_byte
 }
 
 // One CRC per block of `block_bytes` (> 0), the last block being what is left.
-// `out` holds block_count(data.size(), block_bytes) entries. Up to `threads` (> 0) share the blocks, fewer for few
-// bytes or when the system gives no more; the result is the same.
-void crc32c_blocks(std::span<const std::byte> data, std::size_t block_bytes, std::span<std::uint32_t> out,
-                   std::size_t threads = 1) noexcept;
+// `out` holds block_count(data.size(), block_bytes) entries.
+void crc32c_blocks(std::span<const std::byte> data, std::size_t block_bytes, std::span<std::uint32_t> out) noexcept;
 
 }  // namespace dscheck

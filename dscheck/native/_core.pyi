@@ -22,11 +22,10 @@ def crc32c(data: Buffer | _HostTensor, value: int = 0) -> int:
 def crc32c_scalar(data: Buffer | _HostTensor, value: int = 0) -> int:
     """crc32c() on the portable path, whatever the CPU can do."""
 
-def crc32c_blocks(data: Buffer | _HostTensor, block_bytes: int, threads: int = 1) -> NDArray[np.uint32]:
+def crc32c_blocks(data: Buffer | _HostTensor, block_bytes: int) -> NDArray[np.uint32]:
     """The CRC32C of each `block_bytes` of `data`, the last block being what is left; empty for no data.
 
-    Up to `threads` native threads share the work. Raises as crc32c() does, and ValueError for a `block_bytes` or
-    `threads` below 1.
+    Raises as crc32c() does, and ValueError for a `block_bytes` below 1.
     """
 
 def crc32c_is_accelerated() -> bool:

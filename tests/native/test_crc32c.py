@@ -27,8 +27,6 @@ CHECK_CRC = 0xE3069283
 # Long enough for several rounds of three lanes of 256 bytes and each kind of tail.
 NOISE = np.random.default_rng(20).integers(0, 256, 10_000, dtype=np.uint8).tobytes()
 
-MUCH = np.random.default_rng(21).integers(0, 256, 9 << 20, dtype=np.uint8)
-
 
 def _table_entry(byte: int) -> int:
     for _ in range(8):
@@ -98,15 +96,6 @@ def test_blocks_are_the_crcs_of_their_slices(size: int, block_bytes: int) -> Non
     expected = [native.crc32c(data[at : at + block_bytes]) for at in range(0, size, block_bytes)]
     assert found.dtype == np.uint32
     assert found.tolist() == expected
-
-
-@pytest.mark.parametrize("threads", [2, 3, 4, 7, 2**40])
-@pytest.mark.parametrize("nbytes", [0, 5, 1 << 20, (2 << 20) + 1, (9 << 20) - 7])
-@pytest.mark.parametrize("block_bytes", [4096, 65_537, 5 << 20, 2**62])
-def test_threads_change_nothing(threads: int, nbytes: int, block_bytes: int) -> None:
-    data = MUCH[:nbytes]
-    found = native.crc32c_blocks(data, block_bytes, threads)
-    assert found.tolist() == native.crc32c_blocks(data, block_bytes).tolist()
 
 
 def test_no_data_has_no_blocks() -> None:
@@ -189,12 +178,6 @@ def test_a_value_that_is_no_crc_is_refused(crc: Crc, value: int) -> None:
 def test_blocks_of_no_bytes_are_refused(block_bytes: int) -> None:
     with pytest.raises(ValueError, match=f"block_bytes: expected at least 1, got {block_bytes}"):
         native.crc32c_blocks(CHECK, block_bytes)
-
-
-@pytest.mark.parametrize("threads", [0, -1])
-def test_no_threads_are_refused(threads: int) -> None:
-    with pytest.raises(ValueError, match=f"threads: expected at least 1, got {threads}"):
-        native.crc32c_blocks(CHECK, 4, threads)
 
 
 def test_other_threads_run_meanwhile() -> None:
