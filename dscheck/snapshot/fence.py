@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -27,6 +28,7 @@ class Fences:
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._handles: list[Any] = []
         self._captures: tuple[Capture, ...] = ()
+        self._changing = threading.Lock()  # saves end on another thread than they begin on
         self._first_steps: Callable[[], None] | None = None
         self._window_known: Callable[[], None] | None = None
         self._windows: list[float] = []
@@ -61,11 +63,13 @@ class Fences:
     def guard(self, capture: Capture | None) -> None:
         """Hold back for `capture` as well, until it is released."""
         if capture is not None:
-            self._captures = (*self._captures, capture)
+            with self._changing:
+                self._captures = (*self._captures, capture)
 
     def release(self, capture: Capture | None) -> None:
         """It is over: nothing waits for it any more."""
-        self._captures = tuple(one for one in self._captures if one is not capture)
+        with self._changing:
+            self._captures = tuple(one for one in self._captures if one is not capture)
 
     def steps(self, optimizer: Any) -> int:
         """How often `optimizer` has begun a step, or a load, since it is watched."""
