@@ -5,9 +5,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
+#include <exception>
 #include <new>
 
 namespace dscheck {
@@ -89,7 +91,8 @@ double Region::prepared_s() const {
 std::size_t Region::run_end(std::size_t offset, std::size_t end) const {
   const std::lock_guard lock(mutex_);
   const auto next = std::upper_bound(registered_.begin(), registered_.end(), offset);
-  return next == registered_.end() ? end : std::min(end, *next);
+  const std::size_t here = next == registered_.end() ? locked_ : *next;
+  return offset < here ? std::min(end, here) : end;  // a segment that could not be registered is no part of the last
 }
 
 void Region::work() {
@@ -140,7 +143,7 @@ bool Region::step(std::unique_lock<std::mutex>& lock) {
            static_cast<off_t>(begin)) == MAP_FAILED) {
     problem = std::strerror(errno);
   } else {
-    touch(data_ + begin, end - begin);
+    problem = touch(data_ + begin, end - begin);
   }
   lock.lock();
   if (problem.empty()) {
@@ -151,19 +154,33 @@ bool Region::step(std::unique_lock<std::mutex>& lock) {
   return true;
 }
 
-void Region::touch(std::byte* begin, std::size_t bytes) const {
+// Why there is no memory for all of it, or nothing. Only old kernels make us find out by writing, which would end the
+// process.
+std::string Region::touch(std::byte* begin, std::size_t bytes) const {
   const std::size_t cores = std::max(1u, std::thread::hardware_concurrency());
   const std::size_t threads = std::clamp<std::size_t>(cores / 2, 1, 8);
   const std::size_t share = (bytes / threads + kPage) / kPage * kPage;
-  const auto populate = [begin, bytes, share](std::size_t number) {
+  std::atomic<int> error = 0;
+  const auto populate = [begin, bytes, share, &error](std::size_t number) {
     const std::size_t from = std::min(number * share, bytes), to = std::min(from + share, bytes);
     if (from == to || madvise(begin + from, to - from, kPopulateWrite) == 0) return;
+    if (errno != EINVAL) {
+      error = errno;
+      return;
+    }
     for (std::size_t at = from; at < to; at += kPage) *reinterpret_cast<volatile char*>(begin + at) = 0;
   };
   std::vector<std::thread> helpers;
-  for (std::size_t number = 1; number < threads; ++number) helpers.emplace_back(populate, number);
+  for (std::size_t number = 1; number < threads; ++number) {
+    try {
+      helpers.emplace_back(populate, number);
+    } catch (const std::exception&) {  // no memory, or no more threads: do it here
+      populate(number);
+    }
+  }
   populate(0);
   for (std::thread& helper : helpers) helper.join();
+  return error == 0 ? std::string() : std::strerror(error);
 }
 
 }  // namespace dscheck

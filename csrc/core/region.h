@@ -37,13 +37,14 @@ class Region {
   bool page_locked() const;     // whether all usable bytes are, so far as asked
   double prepared_s() const;    // seconds that the background spent
 
-  // The end of the registered range that `offset` lies in, or `end`. One copy by the device must not cross ranges.
+  // The end of the registered range that `offset` lies in, or `end` behind all of them. One copy by the device must
+  // not cross ranges.
   std::size_t run_end(std::size_t offset, std::size_t end) const;
 
  private:
   void work();
   bool step(std::unique_lock<std::mutex>& lock);
-  void touch(std::byte* begin, std::size_t bytes) const;
+  std::string touch(std::byte* begin, std::size_t bytes) const;
 
   const std::function<void()> ready_;
   int file_ = -1;
