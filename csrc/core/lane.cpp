@@ -15,6 +15,18 @@ constexpr auto kPoll = std::chrono::microseconds(100);
 constexpr double kPaced = 0.8;    // of the measured window that a capture is spread over
 constexpr double kRelaxed = 0.7;  // of the copy engine's time that the draining of spilled pieces may take
 
+// Without the lock as long as it lives, and with it again however that ends.
+class Unlocked {
+ public:
+  explicit Unlocked(std::unique_lock<std::mutex>& lock) : lock_(lock) { lock_.unlock(); }
+  ~Unlocked() { lock_.lock(); }
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+
+ private:
+  std::unique_lock<std::mutex>& lock_;
+};
+
 double now_s() { return std::chrono::duration<double>(Clock::now().time_since_epoch()).count(); }
 
 }  // namespace
@@ -34,12 +46,21 @@ Lane::Lane(Copier& copier, const cuda::Driver& driver, std::int32_t device)
 
 void Lane::start() { thread = std::thread(&Lane::work, this); }
 
-Lane::~Lane() {
+// Returns when its thread has ended, once the copier stops, and its streams are empty.
+void Lane::end() noexcept {
   if (thread.joinable()) thread.join();
   try {
     const cuda::InContext current(driver, context);
     driver.cuStreamSynchronize(copy);
     driver.cuStreamSynchronize(aside);
+  } catch (const cuda::Error&) {  // the process ends
+  }
+}
+
+Lane::~Lane() {
+  end();
+  try {
+    const cuda::InContext current(driver, context);
     spill.release_all();
     for (const cuda::Event unused : spare) driver.cuEventDestroy(unused);
     if (last_end != nullptr) driver.cuEventDestroy(last_end);
@@ -193,9 +214,11 @@ double Lane::pause(const Capture& capture, const OnDevice& on, const Piece& piec
 // The driver's own calls take milliseconds: nobody waits for the lock meanwhile.
 void Lane::more_spill(std::unique_lock<std::mutex>& lock) {
   const std::size_t budget = copier.settings_.device_budget, bytes = std::min(spill.block_bytes(budget), spill_wanted);
-  lock.unlock();
-  const cuda::Address base = bytes == 0 ? 0 : spill.take_block(bytes, budget);
-  lock.lock();
+  cuda::Address base = 0;
+  if (bytes > 0) {
+    const Unlocked unlocked(lock);
+    base = spill.take_block(bytes, budget);
+  }
   if (base == 0) {
     spill_wanted = spill.bytes();
   } else {
@@ -204,22 +227,23 @@ void Lane::more_spill(std::unique_lock<std::mutex>& lock) {
 }
 
 void Lane::less_spill(std::unique_lock<std::mutex>& lock) {
-  lock.unlock();
-  const bool needed = spill.is_scarce(copier.settings_.device_budget);
-  lock.lock();
+  bool needed = false;
+  {
+    const Unlocked unlocked(lock);
+    needed = spill.is_scarce(copier.settings_.device_budget);
+  }
   const cuda::Address base = needed ? spill.drop_block() : 0;
   if (base == 0) return;
-  lock.unlock();
+  const Unlocked unlocked(lock);
   driver.cuMemFree(base);
-  lock.lock();
 }
 
 // One copy, timed, so that the first capture knows how much it can count on.
 void Lane::calibrate(std::unique_lock<std::mutex>& lock) {
   constexpr std::size_t kBytes = std::size_t{32} << 20;
+  const cuda::InContext current(driver, context);
   cuda::Event begin = event(), end = event();
   lock.unlock();
-  const cuda::InContext current(driver, context);
   cuda::Address source = 0;
   void* target = nullptr;
   float elapsed_ms = 0;

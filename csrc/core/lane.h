@@ -41,6 +41,7 @@ struct Lane {
   void less_spill(std::unique_lock<std::mutex>& lock);
   void calibrate(std::unique_lock<std::mutex>& lock);
   void start();
+  void end() noexcept;
   void work();
 
   Copier& copier;
