@@ -78,7 +78,9 @@ std::shared_ptr<CaptureShape> make_shape(
 // A forked process (a data loader's worker) that drops it has none of the threads to join: there it stays as it is.
 std::shared_ptr<Copier> make_copier(std::size_t host_threads, std::optional<std::size_t> device_budget) {
   const auto drop = [owner = getpid()](Copier* copier) {
-    if (getpid() == owner) delete copier;
+    if (getpid() != owner) return;
+    const nb::gil_scoped_release released;  // it waits for its threads and devices, and gives gigabytes back
+    delete copier;
   };
   return {new Copier({host_threads, device_budget.value_or(Spill::kAuto)}), drop};
 }

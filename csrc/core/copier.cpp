@@ -16,9 +16,10 @@ namespace dscheck {
 namespace {
 
 constexpr unsigned kPortableMapped = 1 | 2;
-constexpr std::size_t kAhead = 4;                          // samples whose cache lines are on the way
-constexpr std::size_t kRunBytes = std::size_t{256} << 20;  // consumed at once, at most
-constexpr unsigned kSpillRows = 8;                         // blocks of threads a piece
+constexpr std::size_t kAhead = 4;                           // samples whose cache lines are on the way
+constexpr std::size_t kAtOnceBytes = std::size_t{1} << 20;  // copied by a fence that may not wait
+constexpr std::size_t kRunBytes = std::size_t{256} << 20;   // consumed at once, at most
+constexpr unsigned kSpillRows = 8;                          // blocks of threads a piece
 constexpr int kNice = 5;
 constexpr double kGrowth = 1.1;   // of the window from save to save: one that something else made long is no measure
 constexpr double kUsable = 0.85;  // of the measured window is counted on
@@ -54,14 +55,19 @@ Copier::~Copier() {
   }
   changed_.notify_all();
   for (std::thread& thread : workers_) thread.join();
-  lanes_.clear();
+  for (const auto& lane : lanes_) lane->end();
   for (const auto& capture : captures_) slabs_.push_back(capture->slab);
   for (const Slab& slab : slabs_) {
-    if (slab.page_locked) {
-      cuda::driver()->cuMemFreeHost(slab.data);
-    } else {
-      std::free(slab.data);
+    if (!slab.page_locked) std::free(slab.data);
+  }
+  if (lanes_.empty()) return;
+  try {
+    const Lane& any = *lanes_.front();
+    const cuda::InContext current(any.driver, any.context);
+    for (const Slab& slab : slabs_) {
+      if (slab.page_locked) any.driver.cuMemFreeHost(slab.data);
     }
+  } catch (const cuda::Error&) {  // the process ends, and the driver with it
   }
 }
 
@@ -85,7 +91,12 @@ Lane& Copier::lane(std::int32_t device) {
   const cuda::Driver* const driver = cuda::driver();
   if (driver == nullptr) throw cuda::Error("libcuda.so.1: not found, or without a device");
   lanes_.push_back(std::make_unique<Lane>(*this, *driver, device));
-  lanes_.back()->start();
+  try {
+    lanes_.back()->start();
+  } catch (...) {  // the system starts no more threads
+    lanes_.pop_back();
+    throw;
+  }
   return *lanes_.back();
 }
 
@@ -123,6 +134,7 @@ std::shared_ptr<Capture> Copier::take(std::shared_ptr<const CaptureShape> shape,
     place();
     for (OnDevice& on : capture->devices) choose_spill(*capture, on, window_hint_s);
   } catch (...) {
+    if (capture->slab.page_locked) capture->slab.bytes = 0;  // kernels may be at it: it serves no other capture
     discard(*capture);
     throw;
   }
@@ -329,7 +341,7 @@ Copier::Fenced Copier::fence(Capture& capture, std::int32_t owner, const Streams
                              bool may_wait) {
   std::unique_lock lock(mutex_);
   try {
-    while (!capture.failed() && !capture.released && !advance(capture, owner, lock)) {
+    while (!capture.failed() && !capture.released && !advance(capture, owner, may_wait, lock)) {
       if (!may_wait) return Fenced::kWouldWait;
       if (Clock::now() >= deadline) return Fenced::kTooLate;
       changed_.wait_until(lock, deadline);
@@ -342,7 +354,7 @@ Copier::Fenced Copier::fence(Capture& capture, std::int32_t owner, const Streams
 }
 
 // Enqueues, spills or copies what is left of an owner. False when something must be waited for.
-bool Copier::advance(Capture& capture, std::int32_t owner, std::unique_lock<std::mutex>& lock) {
+bool Copier::advance(Capture& capture, std::int32_t owner, bool may_wait, std::unique_lock<std::mutex>& lock) {
   bool done = true;
   for (OnDevice& on : capture.devices) {
     if (on.proved) continue;
@@ -361,12 +373,15 @@ bool Copier::advance(Capture& capture, std::int32_t owner, std::unique_lock<std:
     }
     launch_spill(capture, on, first);
   }
-  if (capture.host_left == 0) return done;
-  for (std::size_t index = 0; index < capture.pieces.size(); ++index) {
+  std::size_t at_once = may_wait ? ~std::size_t{0} : kAtOnceBytes;
+  for (std::size_t index = 0; index < capture.pieces.size() && capture.host_left > 0; ++index) {
     const Piece& piece = capture.pieces[index];
-    if (piece.device != kHost || !belongs(piece, owner)) continue;
+    if (piece.device != kHost || !belongs(piece, owner) || piece.state > State::kUnderWay) continue;
+    if (capture.failed()) return true;
+    if (piece.bytes > at_once) return false;
+    at_once -= piece.bytes;
     if (piece.state == State::kPending && piece.placed) copy_on_host(capture.shared_from_this(), index, lock);
-    done = done && piece.state != State::kPending && piece.state != State::kUnderWay;
+    done = done && piece.state > State::kUnderWay;
   }
   return done;
 }
@@ -381,10 +396,10 @@ void Copier::hold_back(Capture& capture, std::int32_t owner, const Streams& stre
     FenceTiming timing{on.device, owner != kVolatile, at.event(), at.event()};
     at.driver.check(at.driver.cuEventRecord(timing.before, stream), "cuEventRecord");
     if (!on.proved) {
-      // What was spilled need not wait behind the copies to the host.
-      const bool aside = std::all_of(on.order.begin(), on.order.end(), [&](std::uint32_t index) {
-        return capture.pieces[index].spilled || !belongs(capture.pieces[index], owner);
-      });
+      // What was spilled need not wait behind the copies to the host, unless the last samples are there already.
+      const bool aside = on.ended == nullptr && std::all_of(on.order.begin(), on.order.end(), [&](std::uint32_t index) {
+                           return capture.pieces[index].spilled || !belongs(capture.pieces[index], owner);
+                         });
       const cuda::Stream last = aside ? at.aside : at.copy;
       seal(capture, on, owner, last);
       cuda::Event end = at.event();
@@ -552,6 +567,7 @@ bool Copier::await_slab(Capture& capture, Clock::time_point deadline) {
 
 void Copier::free_run(Capture& capture, std::size_t first, std::size_t count) {
   const std::lock_guard lock(mutex_);
+  if (capture.released) return;
   for (std::size_t index = first; index < first + count; ++index) {
     Piece& piece = capture.pieces[index];
     if (piece.state != State::kCopied) continue;
@@ -576,12 +592,10 @@ bool Copier::release(Capture& capture, Clock::time_point deadline) {
 bool Copier::quiet(const Capture& capture, std::unique_lock<std::mutex>& lock, Clock::time_point deadline) {
   for (const OnDevice& on : capture.devices) {
     Lane& at = lane(on.device);
+    const cuda::InContext current(at.driver, at.context);
     cuda::Event ends[2] = {at.event(), at.event()};
-    {
-      const cuda::InContext current(at.driver, at.context);
-      at.driver.check(at.driver.cuEventRecord(ends[0], at.copy), "cuEventRecord");
-      at.driver.check(at.driver.cuEventRecord(ends[1], at.aside), "cuEventRecord");
-    }
+    at.driver.check(at.driver.cuEventRecord(ends[0], at.copy), "cuEventRecord");
+    at.driver.check(at.driver.cuEventRecord(ends[1], at.aside), "cuEventRecord");
     const auto under_way = [&] {
       return at.driver.cuEventQuery(on.began) == cuda::kNotReady ||
              at.driver.cuEventQuery(ends[0]) == cuda::kNotReady || at.driver.cuEventQuery(ends[1]) == cuda::kNotReady;
@@ -602,16 +616,18 @@ void Copier::discard(Capture& capture) {
     if (piece.spilled && piece.state == State::kPending) lane(piece.device).spill.free(piece.source);
     if (piece.placed && piece.state != State::kGone) ring_.free(piece.slot);
   }
-  forget(capture);
   std::erase_if(captures_, [&capture](const auto& one) { return one.get() == &capture; });
   place();
   changed_.notify_all();
+  forget(capture);
 }
 
-// Takes the capture's events and slab back, and learns from its fences how long a window is.
+// Takes the capture's events and slab back, and learns from its fences how long a window is. Who still reads it, after
+// the save was given up, finds memory in it.
 void Copier::forget(Capture& capture) {
   for (OnDevice& on : capture.devices) {
     Lane& at = lane(on.device);
+    const cuda::InContext current(at.driver, at.context);
     double window_s = now_s() - capture.began_s;
     bool fenced = false;
     float elapsed_ms = 0;
@@ -634,7 +650,7 @@ void Copier::forget(Capture& capture) {
     at.recycle(on.spilled);
     at.recycle(on.ended);
   }
-  if (capture.slab.data != nullptr) slabs_.push_back(std::exchange(capture.slab, Slab{}));
+  slabs_.push_back(capture.slab);
 }
 
 void Copier::hurry() {

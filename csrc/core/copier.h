@@ -62,16 +62,16 @@ class Copier {
                                 double window_hint_s);
 
   // Everything of `owner` (kFrozen: of all) is copied, or enqueued ahead of the streams. With `may_wait` false it gives
-  // up where the CPU would have to wait.
+  // up where the CPU would have to wait, or to copy much itself.
   enum class Fenced { kDone, kWouldWait, kTooLate };
   Fenced fence(Capture& capture, std::int32_t owner, const Streams& streams, Clock::time_point deadline, bool may_wait);
 
   void fail(Capture& capture, const std::string& reason);
 
   // Waits until all is copied and proved, it failed, or the deadline: false.
-  bool wait(Capture& capture,
-            Clock::time_point deadline);  // Waits until piece `first` and its checksums are there, and returns how many
-                                          // from it on, before `stop`, are there as
+  bool wait(Capture& capture, Clock::time_point deadline);
+
+  // Waits until piece `first` and its checksums are there, and returns how many from it on, before `stop`, are there as
   // well and lie side by side in the region, from its slot on. 0: failed, or past the deadline.
   std::size_t await_run(Capture& capture, std::size_t first, std::size_t stop, Clock::time_point deadline);
 
@@ -112,7 +112,7 @@ class Copier {
   bool spill(Capture& capture, OnDevice& on, std::uint32_t index);
   void launch_spill(Capture& capture, OnDevice& on, std::size_t first);
   void place();
-  bool advance(Capture& capture, std::int32_t owner, std::unique_lock<std::mutex>& lock);
+  bool advance(Capture& capture, std::int32_t owner, bool may_wait, std::unique_lock<std::mutex>& lock);
   void hold_back(Capture& capture, std::int32_t owner, const Streams& streams);
   void seal(Capture& capture, OnDevice& on, std::int32_t owner, cuda::Stream stream);
   void settle(Capture& capture);
@@ -132,12 +132,12 @@ class Copier {
   std::condition_variable changed_;
   bool stop_ = false;
   Ring ring_;
-  Region region_;
   std::deque<std::shared_ptr<Capture>> captures_;  // the oldest first
   std::vector<std::unique_ptr<Lane>> lanes_;
   std::vector<Slab> slabs_;
   std::deque<std::pair<std::shared_ptr<Capture>, std::size_t>> to_sum_;
   std::vector<std::thread> workers_;
+  Region region_;  // the first to go: its thread calls back until then
 };
 
 }  // namespace dscheck

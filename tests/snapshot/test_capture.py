@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import threading
 import time
 import weakref
@@ -371,3 +372,76 @@ def test_any_dtype_and_stride_is_captured_bit_for_bit(dtype: torch.dtype) -> Non
     assert consume(capture, len(tensors)) == expected
     for view in tensors:
         assert bits(view).data_ptr() == view.data_ptr()
+
+
+def test_what_still_reads_a_capture_that_was_given_up_does_no_harm() -> None:
+    """A thread that hung may wake when its save is long over: it must neither crash nor give back others' memory."""
+    training = Training()
+    first = training.capture()
+    first.wait()
+    late = first.chunks(0)
+    next(late)
+    training.end(first)
+    second = training.capture()
+    second.wait()
+    for index in range(4):
+        for _ in late if index == 0 else first.chunks(index):
+            pass
+    first.sample(0)
+    assert not training.capturer.room(training.plan)  # type: ignore[arg-type]
+    assert consume(second, 4) == all_bytes(training.locals())
+
+
+def test_a_capturer_may_go_while_its_memory_is_prepared() -> None:
+    for _ in range(10):
+        training = Training(numel=1_000_000)
+        training.fences.release(training.begin())
+        training.capturer.close()
+
+
+def test_a_fence_that_copies_lets_other_threads_run() -> None:
+    training = Training(numel=20_000_000, copy_threads=1)
+    warm = training.capture()
+    warm.wait()
+    training.end(warm)
+    seen, done = [time.monotonic()], threading.Event()
+
+    def tick() -> None:
+        while not done.is_set():
+            seen.append(time.monotonic())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    capture = training.capture()
+    began = time.monotonic()
+    capture.fence()
+    ended = time.monotonic()
+    done.set()
+    thread.join()
+    assert ended - began < 0.01 or sum(began < at < ended for at in seen) >= 3
+
+
+def test_captures_are_guarded_and_released_by_two_threads() -> None:
+    """Training takes the next capture while the thread of the saves lets go of the last one."""
+    fences = Fences()
+    passing: list[Any] = [object() for _ in range(100)]
+    staying: list[Any] = [object() for _ in range(300)]
+    for one in passing:
+        fences.guard(one)
+
+    def release() -> None:
+        for one in passing * 50:
+            fences.release(one)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        thread = threading.Thread(target=release)
+        thread.start()
+        for one in staying:
+            fences.guard(one)
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert fences._captures == tuple(staying)
