@@ -18,7 +18,7 @@ void CaptureShape::arrange() {
     first_block.push_back(blocks);
     blocks += block_count(piece.bytes, block_bytes);
   }
-  smalls_bytes = 0;
+  std::size_t smalls_bytes = 0;
   for (std::size_t i = 0; i < smalls.size(); ++i) {
     smalls_bytes = std::max<std::size_t>(smalls_bytes, targets[i] + smalls[i].bytes);
   }

@@ -38,7 +38,7 @@ struct CaptureShape {
   std::vector<std::size_t> first_block;  // of each piece, among the checksums
   std::size_t blocks = 0;
 
-  std::size_t smalls_bytes = 0, slab_bytes = 0;
+  std::size_t slab_bytes = 0;
   std::size_t before_at = 0, after_at = 0, captured_at = 0, watched_at = 0, tables_at = 0, hashes_at = 0;
   std::vector<std::int32_t> devices;  // other than the host, ascending
   bool check = false;
@@ -103,7 +103,6 @@ struct OnDevice {
 struct Capture : std::enable_shared_from_this<Capture> {
   std::shared_ptr<const CaptureShape> shape;
   std::vector<Piece> pieces;
-  std::vector<std::uint64_t> smalls;  // live addresses
   std::vector<OnDevice> devices;
   std::vector<FenceTiming> timings;
   Slab slab;

@@ -116,7 +116,6 @@ std::shared_ptr<Capture> Copier::take(std::shared_ptr<const CaptureShape> shape,
     piece.owner = live.owners[i];
     if (spec.device == kHost) ++capture->host_left;
   }
-  capture->smalls.assign(live.smalls.begin(), live.smalls.end());
   const std::lock_guard lock(mutex_);
   capture->checksums.resize(fixed.blocks);
   while (!fixed.pieces.empty() && workers_.size() < std::max<std::size_t>(1, settings_.threads)) {

@@ -86,7 +86,7 @@ class Copier {
   // Somebody waits for room: what is under way is copied without pauses.
   void hurry();
 
-  // Whether a capture of these pieces would find its places now.
+  // Whether the region, once it is ready, has as many bytes to give, gaps aside, and no capture waits for them.
   bool has_room(std::size_t bytes) const;
 
   // The first piece that is not captured yet, for messages.

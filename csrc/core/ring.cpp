@@ -35,11 +35,4 @@ void Ring::free(std::size_t offset) noexcept {
   while (!blocks_.empty() && blocks_.front().free) blocks_.pop_front();
 }
 
-bool Ring::fits(std::size_t bytes) const noexcept {
-  if (blocks_.empty()) return bytes <= capacity_;
-  const std::size_t head = blocks_.front().offset, tail = blocks_.back().end;
-  if (blocks_.back().offset < head) return tail <= head && bytes <= head - tail;
-  return bytes <= capacity_ - tail || bytes <= head;
-}
-
 }  // namespace dscheck

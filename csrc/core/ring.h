@@ -20,9 +20,6 @@ class Ring {
   // Gives back the piece that begins at `offset`. Room becomes usable when all older pieces are given back as well.
   void free(std::size_t offset) noexcept;
 
-  // Whether allocate(bytes) would succeed for pieces of these sizes, one after another.
-  bool fits(std::size_t bytes) const noexcept;
-
   // More room at the end.
   void grow(std::size_t capacity) noexcept { capacity_ = capacity > capacity_ ? capacity : capacity_; }
 

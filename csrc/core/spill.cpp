@@ -49,10 +49,4 @@ void Spill::release_all() noexcept {
   bytes_ = 0;
 }
 
-std::size_t Spill::held() const noexcept {
-  std::size_t sum = 0;
-  for (const Block& block : blocks_) sum += block.ring.held();
-  return sum;
-}
-
 }  // namespace dscheck

@@ -39,7 +39,6 @@ class Spill {
   void release_all() noexcept;
 
   std::size_t bytes() const noexcept { return bytes_; }
-  std::size_t held() const noexcept;
 
   // What is left to others: 1 GiB, or a 20th of the device if that is more.
   static std::size_t reserve(std::size_t total) noexcept { return std::max(std::size_t{1} << 30, total / 20); }
