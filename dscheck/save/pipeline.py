@@ -59,8 +59,9 @@ class Pipeline:
 
     def start(self) -> None:
         """Start the threads, unless they run: some milliseconds that a first save would else cost training."""
-        if not self._threads:
-            self._threads = [self._thread("dscheck-capture", self._follow), self._thread("dscheck-save", self._work)]
+        both = ("dscheck-capture", self._follow), ("dscheck-save", self._work)
+        for name, work in both[len(self._threads) :]:  # the system may have given one only
+            self._threads.append(self._thread(name, work))
 
     def put(self, attempt: Attempt) -> None:
         """Take it through after all that were put before. One that has ended only tells the others, and its trace."""

@@ -201,7 +201,10 @@ class Saver:
         attempt = self._new_attempt(step, SaveHandle(step, self._settings.timeout_s))
         attempt.busy = True
         self._skips = [skip for skip in self._skips if not skip.done] + [attempt.handle]
-        threading.Thread(target=self._pipeline.attend, args=(attempt,), name="dscheck-skip", daemon=True).start()
+        try:
+            threading.Thread(target=self._pipeline.attend, args=(attempt,), name="dscheck-skip", daemon=True).start()
+        except RuntimeError:  # the system starts no more threads: the others hear of it in its turn
+            self._enqueue(attempt)
         return attempt.handle
 
     def _new_attempt(self, step: int, handle: SaveHandle) -> Attempt:

@@ -20,7 +20,7 @@ from dscheck import (
     SupersededError,
     sharded,
 )
-from dscheck.errors import DscheckError
+from dscheck.errors import DscheckError, SaveSkippedError
 from dscheck.ranks.base import Ranks
 from dscheck.testing.faults import Faulty, fail_at, hang, slow
 from tests.end_to_end.worlds import fresh, job, load, open_on, outcomes, save
@@ -398,3 +398,43 @@ def test_one_save_after_another_in_a_root_with_commits() -> None:
         return ckpt.steps()
 
     assert job(1, run) == [[1, 2, 3, 4, 5]]
+
+
+def test_a_background_that_got_one_of_its_threads_gets_the_other_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, refused = threading.Thread.start, []
+
+    def scarce(thread: threading.Thread) -> None:
+        if thread.name == "dscheck-save" and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    before = sum(thread.name == "dscheck-capture" for thread in threading.enumerate())
+    with Checkpointer(fresh(), {"x": torch.zeros(5)}) as ckpt:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            ckpt.save(1).wait()
+        ckpt.save(2).wait()
+        assert sum(thread.name == "dscheck-capture" for thread in threading.enumerate()) == before + 1
+    assert ckpt.steps() == [2]
+
+
+def test_a_skip_for_which_there_is_no_thread_is_told_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    root, let_go, start = fresh(), threading.Event(), threading.Thread.start
+
+    def scarce(thread: threading.Thread) -> None:
+        if thread.name == "dscheck-skip":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", scarce)
+    faulty = Faulty(root, hang(let_go, "write", "steps/2/*"))
+    with Checkpointer(faulty, {"x": torch.zeros(100_000)}, when_busy="skip") as ckpt:
+        planned(ckpt)
+        second, third = ckpt.save(2), ckpt.save(3)
+        let_go.set()
+        second.wait()
+        with pytest.raises(SaveSkippedError):
+            third.wait()
+        ckpt.save(4).wait()
+        assert ckpt.steps() == [1, 2, 4]
