@@ -224,8 +224,13 @@ class Capture:
         return Chunk.of(data, self._plan.block_bytes)
 
     def release(self) -> bool:
-        """Give back whatever is left of it. False: a copy hangs, and its memory cannot be used again."""
-        settled = self._copier.release(self._native, time.monotonic() + SETTLE_S)
+        """Give back whatever is left of it. False: a copy hangs, or its end cannot be known, and its memory cannot be
+        used again.
+        """
+        try:
+            settled = self._copier.release(self._native, time.monotonic() + SETTLE_S)
+        except RuntimeError:  # of the driver, which says no more of any copy
+            settled = False
         if settled:
             self._held, self._versioned = None, []
         return settled

@@ -12,7 +12,7 @@ from dscheck.config import Settings
 from dscheck.errors import ConfigError, DscheckError
 from dscheck.native import FROZEN, VOLATILE, Copier
 from dscheck.snapshot.capture import VERSION, Capture
-from dscheck.snapshot.plan import CapturePlan, Source
+from dscheck.snapshot.plan import UNOWNED, CapturePlan, Source
 
 _USABLE = 0.85  # of a window is counted on, as in csrc/core/copier.cpp
 
@@ -89,6 +89,7 @@ class Capturer:
             owners[plan.unowned] = np.where(calm, FROZEN, VOLATILE)
             volatile = frozenset(plan.calm.places[~calm].tolist())
         steps = [self._steps(owner) for owner in plan.owners]
+        held = list(map(torch.Tensor.untyped_storage, large))
         try:
             native = self._copier.take(
                 plan.shape, plan.pieces.addresses(pointers), owners,
@@ -96,7 +97,6 @@ class Capturer:
             )  # fmt: skip
         except RuntimeError as error:
             raise DscheckError(f"the capture could not begin: {error}") from error
-        held = list(map(torch.Tensor.untyped_storage, large))
         return Capture(
             self._copier, native, plan, self._steps, steps, versions, volatile, locals, held, copies, deadline
         )
@@ -117,13 +117,17 @@ class Capturer:
         return self._copier.rate_and_window(plan.devices[0])[1] or self.window_hint_s if plan.devices else 0.0
 
     def _excess(self, plan: CapturePlan) -> int:
-        """Bytes that cannot leave a device before its fence, so far as that is known."""
+        """Most bytes that cannot leave one of the devices before its fence, so far as that is known."""
         window = self._window(plan)
         if not self._spill or not window:
             return 0
-        unowned = int(plan.pieces.sizes[plan.unowned].sum())
-        rate = self._copier.rate_and_window(plan.devices[0])[0]
-        return max(unowned, int(plan.large_on_device - _USABLE * rate * window))
+        excess = [0]
+        for device in plan.devices:
+            here = plan.pieces.devices == device
+            unowned = int(plan.pieces.sizes[here & (plan.pieces.owners == UNOWNED)].sum())
+            rate = self._copier.rate_and_window(device)[0]
+            excess += [unowned, int(plan.pieces.sizes[here].sum() - _USABLE * rate * window)]
+        return max(excess)
 
 
 def _streams(devices: Sequence[int]) -> list[tuple[int, int]]:

@@ -113,7 +113,6 @@ class CapturePlan:
         self.devices = sorted({int(device) for device in (*self.pieces.devices, *self.smalls.devices)} - {HOST})
         self.large = np.unique(self.pieces.tensors)
         self.unowned = np.flatnonzero(self.pieces.owners == UNOWNED)
-        self.large_on_device = int(self.pieces.sizes[self.pieces.devices != HOST].sum())
         self.versioned = np.array([index for index in self.large if _has_version(index, locals)], np.int64)
         first = {int(tensor): place for place, tensor in reversed([*enumerate(self.pieces.tensors)])}
         firsts = [first[int(tensor)] for tensor in self.versioned]
@@ -144,15 +143,15 @@ class CapturePlan:
             self.copied.append(Copied(source.index, tuple(view.shape), view.stride(), offset))
             device = device if lane else HOST
         if size <= limit:
-            self.layouts.append(Small(len(smalls.sizes), self._slab))
+            self.layouts.append(Small(len(smalls), self._slab))
             self._slab += -(-size // _SLAB_ALIGNMENT) * _SLAB_ALIGNMENT
             smalls.add(tensor, delta, size, device, owner)
             return
-        start = len(pieces.sizes)
+        start = len(pieces)
         for at in range(0, size, self._piece_bytes):
             pieces.add(tensor, delta + at, min(self._piece_bytes, size - at), device, owner)
             self.piece_source.append(number)
-        self.layouts.append(Pieces(start, len(pieces.sizes), dense))
+        self.layouts.append(Pieces(start, len(pieces), dense))
 
     def _targets(self) -> list[int]:
         return [layout.offset for layout in self.layouts if isinstance(layout, Small)]
@@ -189,8 +188,8 @@ class Rows:
 
 class Calm:
     """Which of the pieces that nobody fences were the same at the last two captures: they are taken for frozen, and
-    captured lazily under the guards. The others are captured, or spilled, before `save()` returns, and so is for good
-    what has changed while it was taken for frozen.
+    captured lazily under the guards, all pieces of a tensor or none. The others are captured, or spilled, before
+    `save()` returns, and so is for good what has changed while it was taken for frozen.
     """
 
     def __init__(
@@ -219,6 +218,7 @@ class Calm:
         same = np.zeros(len(self.places), np.bool_)
         if last is not None:
             same = (now == last[0]) & np.array([one == other for one, other in zip(samples, last[1], strict=True)])
+            same &= ~np.isin(self._tensors, self._tensors[~same])  # samples see a change of few rows in few pieces
         self._seen = (now, samples, same)
 
 
@@ -226,9 +226,8 @@ class _Rows:
     def __init__(self) -> None:
         self._rows: list[tuple[int, int, int, int, int]] = []
 
-    @property
-    def sizes(self) -> list[tuple[int, int, int, int, int]]:
-        return self._rows
+    def __len__(self) -> int:
+        return len(self._rows)
 
     def add(self, tensor: int, delta: int, size: int, device: int, owner: int) -> None:
         self._rows.append((tensor, delta, size, device, owner))

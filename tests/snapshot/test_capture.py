@@ -10,12 +10,14 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from dscheck.config import Settings
 from dscheck.errors import ConfigError, DeadlineError, DscheckError, TornSnapshotError
 from dscheck.snapshot import Capture, CapturePlan, Capturer, Fences, Source, bits
+from dscheck.snapshot.plan import Calm
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex32, torch.complex64, torch.complex128,
@@ -445,3 +447,26 @@ def test_captures_are_guarded_and_released_by_two_threads() -> None:
     finally:
         sys.setswitchinterval(interval)
     assert fences._captures == tuple(staying)
+
+
+def test_a_capture_whose_driver_fails_is_not_settled() -> None:
+    """What may still be written to must not be handed out again."""
+
+    class Failing:
+        def release(self, native: Any, deadline_s: float) -> bool:
+            raise RuntimeError("cuEventRecord: an illegal memory access was encountered (700)")
+
+    training = Training()
+    capture = training.capture()
+    copier, capture._copier = capture._copier, Failing()  # type: ignore[assignment]
+    assert not capture.release()
+    capture._copier = copier
+    training.end(capture)
+
+
+def test_a_tensor_is_taken_for_frozen_whole_or_not_at_all() -> None:
+    """TRAPS 19: few changed rows show in the samples of few pieces, and version counters may not move."""
+    calm = Calm(np.array([5, 5, 7]), np.array([5, 7]))
+    calm.note([0, 0], [b"a", b"b", b"c"])
+    calm.note([0, 0], [b"a", b"B", b"c"])
+    assert calm([0, 0]).tolist() == [False, False, True]
