@@ -53,7 +53,8 @@ class Checkpointer:
 
     Construction and `load` are collective, on the main thread; `save` is called on all ranks with the same steps.
     Several saves may be under way. Leaving `with` cleanly waits for all of them; by an exception it tells the other
-    ranks and does not wait. Raises ConfigError, StorageError and what reading a damaged root raises.
+    ranks and does not wait. So does a process that ends without `close`. Raises ConfigError,
+    StorageError and what reading a damaged root raises.
     """
 
     def __init__(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
+import os
 import queue
+import sys
 import threading
 import time
 import warnings
@@ -16,6 +19,7 @@ from dscheck.errors import DscheckError, SaveSkippedError, SupersededError
 from dscheck.ranks.base import Ranks
 from dscheck.save.attempt import Attempt
 from dscheck.save.coordinator import Coordinator
+from dscheck.save.handle import GRACE_S
 from dscheck.save.stages import Stages, Standing
 from dscheck.snapshot import Capturer, Fences
 from dscheck.storage.base import Storage
@@ -50,6 +54,7 @@ class Pipeline:
         self._saves: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._running = 2
+        self._process, self._until = os.getpid(), 0.0
         self._ending = threading.Lock()
 
     @property
@@ -59,6 +64,8 @@ class Pipeline:
 
     def start(self) -> None:
         """Start the threads, unless they run: some milliseconds that a first save would else cost training."""
+        if not self._threads:
+            atexit.register(self._end_with_process)
         both = ("dscheck-capture", self._follow), ("dscheck-save", self._work)
         for name, work in both[len(self._threads) :]:  # the system may have given one only
             self._threads.append(self._thread(name, work))
@@ -66,6 +73,7 @@ class Pipeline:
     def put(self, attempt: Attempt) -> None:
         """Take it through after all that were put before. One that has ended only tells the others, and its trace."""
         self.start()
+        self._until = attempt.handle.deadline + GRACE_S
         self._captures.put(attempt)
         self._saves.put(attempt)
 
@@ -144,6 +152,19 @@ class Pipeline:
         if not self._threads:
             self.capturer.close()
 
+    def _end_with_process(self) -> None:
+        """The process ends and nobody has closed this: wait for what is under way, unless an exception ended it.
+
+        Later no thread may come back from native code: Python up to 3.13 would then end the process by an abort.
+        """
+        if os.getpid() != self._process:
+            return
+        if getattr(sys, "last_value", None) is not None:
+            self.stop(DscheckError("the process ended by an exception"))
+            self.close(GRACE_S)
+        else:
+            self.close(max(0.0, self._until - time.monotonic()))
+
     def _check(self) -> None:
         if (reason := self._reason or self.superseded) is not None:
             raise reason
@@ -162,6 +183,7 @@ class Pipeline:
                 last = self._running == 0
             if last:
                 self.capturer.close()
+                atexit.unregister(self._end_with_process)
 
     def _follow(self) -> None:
         while (attempt := self._captures.get()) is not None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -438,3 +441,25 @@ def test_a_skip_for_which_there_is_no_thread_is_told_in_its_turn(monkeypatch: py
             third.wait()
         ckpt.save(4).wait()
         assert ckpt.steps() == [1, 2, 4]
+
+
+@pytest.mark.parametrize(("last", "code", "steps"), [("pass", 0, [1, 2]), ("raise ValueError", 1, [1])])
+def test_a_process_that_ends_without_close_ends_its_saves_first(
+    last: str, code: int, steps: list[int], tmp_path: Path
+) -> None:
+    """A thread that returns from native code while the interpreter goes would abort the process."""
+    script = f"""
+import torch
+from dscheck import Checkpointer
+from dscheck.storage.local import LocalStorage
+from dscheck.testing.faults import Faulty, slow
+state = {{"x": torch.randn(8_000_000), "y": [torch.randn(200_000) for _ in range(20)]}}
+ckpt = Checkpointer(Faulty(LocalStorage({str(tmp_path)!r}), slow(0.3, "write", "steps/2/*")), state)
+ckpt.save(1).wait()
+ckpt.save(2)
+{last}
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == code, ended.stderr
+    with Checkpointer(tmp_path, {}) as ckpt:
+        assert ckpt.steps() == steps
