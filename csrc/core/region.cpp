@@ -41,7 +41,8 @@ Region::~Region() {
   }
   changed_.notify_all();
   if (thread_.joinable()) thread_.join();
-  if (const cuda::Driver* const driver = cuda::driver(); driver != nullptr && context_ != nullptr) {
+  if (context_ != nullptr) {
+    const cuda::Driver* const driver = cuda::driver();
     try {
       const cuda::InContext current(*driver, context_);
       for (const std::size_t offset : registered_) driver->cuMemHostUnregister(data_ + offset);
@@ -112,8 +113,8 @@ void Region::work() {
 
 // One segment further: mapped and touched, or page-locked. False when there is nothing to do. Waits without the lock.
 bool Region::step(std::unique_lock<std::mutex>& lock) {
-  const cuda::Driver* const driver = cuda::driver();
-  if (context_ != nullptr && driver != nullptr && lockable_ && locked_ < mapped_) {
+  if (context_ != nullptr && lockable_ && locked_ < mapped_) {
+    const cuda::Driver* const driver = cuda::driver();  // not sooner: what forks after cuInit() has no CUDA
     const std::size_t begin = locked_, end = std::min(segment_end(begin), mapped_);
     const cuda::Context context = context_;
     lock.unlock();
