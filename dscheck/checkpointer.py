@@ -80,7 +80,7 @@ class Checkpointer:
         """What a load that failed half way was to load: these names, or None for all."""
         self._ledger = Ledger()
         self._watched: list[TensorLeaf] | None = None
-        self._closed = False
+        self._closed, self._process = False, os.getpid()
         self.loaded: LoadReport | None = None
         try:
             self._live = LiveState(state, rank=self._ranks.rank, world=self._ranks.size, rng=self.settings.rng)
@@ -253,6 +253,8 @@ class Checkpointer:
     def _refuse_closed(self, call: str) -> None:
         if self._closed:
             raise ConfigError(f"{call}() on a Checkpointer that is closed")
+        if os.getpid() != self._process:
+            raise ConfigError(f"{call}() in a forked process: the Checkpointer belongs to process {self._process}")
 
 
 def _check_number(step: Any) -> None:

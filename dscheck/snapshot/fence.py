@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
@@ -29,6 +30,7 @@ class Fences:
         self._handles: list[Any] = []
         self._captures: tuple[Capture, ...] = ()
         self._changing = threading.Lock()  # saves end on another thread than they begin on
+        self._process = os.getpid()
         self._first_steps: Callable[[], None] | None = None
         self._window_known: Callable[[], None] | None = None
         self._windows: list[float] = []
@@ -79,7 +81,7 @@ class Fences:
         """Return when every captured tensor may change: everything pending is copied, or enqueued ahead of the
         caller.
         """
-        for capture in self._captures:
+        for capture in self._captures if self._at_home() else ():
             capture.fence()
 
     def remove(self) -> None:
@@ -90,6 +92,8 @@ class Fences:
         self._handles.clear()
 
     def _before_step(self, optimizer: Any, args: Any = None, kwargs: Any = None) -> None:
+        if not self._at_home():
+            return
         captures = self._captures
         if captures and _records_graph():
             reason = RuntimeError("a CUDA graph was recorded during a save: call ckpt.fence() before recording")
@@ -104,6 +108,8 @@ class Fences:
 
     def _after_step(self, optimizer: Any, args: Any = None, kwargs: Any = None) -> None:
         with contextlib.suppress(Exception):
+            if not self._at_home():
+                return
             if self._first_steps is not None:
                 self._stepped.add(optimizer)
                 if all(known in self._stepped for known in self._steps):
@@ -112,6 +118,10 @@ class Fences:
             if self.window_s == 0.0 and self._marked in (None, id(optimizer)):
                 self._marked = id(optimizer)
                 self._measure()
+
+    def _at_home(self) -> bool:
+        """Not in a forked process: it steps copies of its own, lacks the threads to wait for, and shares the region."""
+        return os.getpid() == self._process
 
     def _mark(self) -> None:
         """Remember where the training stream is."""

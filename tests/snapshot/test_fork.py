@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 
 import torch
 
+from dscheck import Checkpointer, ConfigError
 from dscheck.config import Settings
 from dscheck.snapshot import Capturer, Source
+from dscheck.storage.memory import MemoryStorage
+from dscheck.testing.faults import Faulty, hang
 
 
 def test_a_forked_process_may_drop_what_its_parent_captures_with() -> None:
@@ -27,3 +32,30 @@ def test_a_forked_process_may_drop_what_its_parent_captures_with() -> None:
     assert os.waitpid(child, 0)[1] == 0
     capture.release()
     capturer.close()
+
+
+def test_a_forked_process_trains_without_waiting_for_the_saves_of_its_parent() -> None:
+    """None of the threads that would copy are there, and what it copied would land in the memory of its parent."""
+    weight = torch.nn.Parameter(torch.zeros(1 << 20))
+    optimizer = torch.optim.SGD([weight], lr=1.0, fused=True)
+    weight.grad = torch.ones_like(weight)
+    root, let_go = MemoryStorage(), threading.Event()
+    faulty = Faulty(root, hang(let_go, "write", "steps/2/*"))
+    small = {"host_memory_bytes": 64 << 10, "block_bytes": 4096, "timeout_s": 60}
+    with Checkpointer(faulty, {"weight": weight, "optimizer": optimizer}, **small) as ckpt:
+        ckpt.save(1).wait()
+        second = ckpt.save(2)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            optimizer.step()
+            ckpt.fence()
+            try:
+                ckpt.save(3)
+            except ConfigError:
+                os._exit(0)
+            os._exit(1)
+        assert os.waitpid(child, 0)[1] == 0
+        let_go.set()
+        second.wait()
+    assert ckpt.steps() == [1, 2]
