@@ -33,7 +33,7 @@ from dscheck.snapshot.plan import CapturePlan, Pieces, Small
 SETTLE_S = 10.0
 """How long copies under way may take to end once their capture is given up."""
 
-VERSION = operator.attrgetter("_version")
+_VERSION = operator.attrgetter("_version")
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -288,7 +288,7 @@ class Capture:
             stepped = self._count(plan.owners[which]) != self._steps[which]
             if stepped and number in (None, which) and which not in self._fenced:
                 raise _torn(_first(plan, which), "its optimizer stepped before it was captured")
-        versions = list(map(VERSION, self._versioned))
+        versions = versions_of(self._versioned)
         if versions == self._versions or not self._versioned:
             return
         for place, (now, then) in enumerate(zip(versions, self._versions, strict=True)):
@@ -319,6 +319,14 @@ class Capture:
         late = DeadlineError(f"tensor '{name}' was not captured in time", phase="capture", waited_for=name)
         self.fail(late)
         return late
+
+
+def versions_of(tensors: Sequence[torch.Tensor]) -> list[int]:
+    """Their version counters; -1 for one that has none, made under inference_mode in the place of one that had."""
+    try:
+        return list(map(_VERSION, tensors))
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _version(tensor: torch.Tensor) -> int | None:

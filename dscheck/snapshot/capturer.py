@@ -11,7 +11,7 @@ import torch
 from dscheck.config import Settings
 from dscheck.errors import ConfigError, DscheckError
 from dscheck.native import FROZEN, VOLATILE, Copier
-from dscheck.snapshot.capture import VERSION, Capture
+from dscheck.snapshot.capture import Capture, versions_of
 from dscheck.snapshot.plan import UNOWNED, CapturePlan, Source
 
 _USABLE = 0.85  # of a window is counted on, as in csrc/core/copier.cpp
@@ -75,13 +75,14 @@ class Capturer:
 
     def take(self, plan: CapturePlan, locals: Sequence[torch.Tensor], deadline: float) -> Capture:
         """The state of this moment, up to `Capture.hold`, which must follow."""
-        if plan is not self._prepared or (self._spill and plan.devices and not self._sized):
+        short = self._copier.usable < self._copier.asked  # on its way, or refused to an earlier save: asked for again
+        if plan is not self._prepared or short or (self._spill and plan.devices and not self._sized):
             self.prepare(plan)
         copies = [copied.take(locals[copied.index]) for copied in plan.copied]
         tensors = [*locals, *copies]
         large = [tensors[index] for index in plan.large]
         pointers = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.uint64, len(tensors))
-        versions = list(map(VERSION, (locals[index] for index in plan.versioned)))
+        versions = versions_of([locals[index] for index in plan.versioned])
         streams = _streams(plan.devices)
         owners, volatile = plan.pieces.owners, frozenset[int]()
         if len(plan.unowned):

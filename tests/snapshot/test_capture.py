@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import resource
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -334,6 +335,36 @@ def test_a_failed_capture_gives_its_room_to_the_next_one() -> None:
         training.end(capture)
     expected = all_bytes(training.locals())
     assert consume(training.capture(), 4) == expected
+
+
+def test_memory_that_was_refused_once_is_asked_for_again() -> None:
+    training, limit = Training(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+    try:
+        capture = training.capture()
+        with pytest.raises(DscheckError, match="host memory"):
+            capture.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    training.end(capture)
+    expected = all_bytes(training.locals())
+    assert consume(training.capture(), 4) == expected
+
+
+def test_a_tensor_made_in_inference_mode_may_take_the_place_of_another() -> None:
+    """It has no version counter, and the structure of the state is the same."""
+    weight = torch.randn(100_000)
+    capturer = Capturer(Settings(), lambda owner: 0)
+    plan = capturer.plan([weight], [Source("weight", 0, weight)])
+    with torch.inference_mode():
+        other = torch.randn(100_000)
+    for tensor in (weight, other, weight, other):
+        capture = capturer.take(plan, [tensor], time.monotonic() + 30)
+        capture.hold()
+        capture.wait()
+        assert b"".join(bytes(chunk.data) for chunk in capture.chunks(0)) == tensor.numpy().tobytes()
+        capture.release()
+    capturer.close()
 
 
 def test_the_region_is_exact_and_reused() -> None:
