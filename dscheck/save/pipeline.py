@@ -150,6 +150,7 @@ class Pipeline:
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
         if not self._threads:
+            atexit.unregister(self._end_with_process)  # registered by a start that the system refused
             self.capturer.close()
 
     def _end_with_process(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import subprocess
 import sys
@@ -420,6 +421,23 @@ def test_a_background_that_got_one_of_its_threads_gets_the_other_later(monkeypat
         ckpt.save(2).wait()
         assert sum(thread.name == "dscheck-capture" for thread in threading.enumerate()) == before + 1
     assert ckpt.steps() == [2]
+
+
+def test_a_background_that_got_no_thread_closes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 prints what is raised at the end of the process, where it would be closed again."""
+    registered: list[Any] = []
+    monkeypatch.setattr(atexit, "register", registered.append)
+    monkeypatch.setattr(atexit, "unregister", lambda call: registered.clear())
+
+    def none(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    ckpt = Checkpointer(fresh(), {"x": torch.zeros(5)})
+    with monkeypatch.context() as scarce:
+        scarce.setattr(threading.Thread, "start", none)
+        assert isinstance(ckpt.save(1).error, RuntimeError)
+    ckpt.close()
+    assert not registered
 
 
 def test_a_skip_for_which_there_is_no_thread_is_told_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
