@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
+import resource
 import sys
 import threading
-import resource
 import time
 import weakref
 from collections.abc import Callable, Sequence

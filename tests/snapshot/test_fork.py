@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from typing import Any
 
 import torch
 
@@ -41,7 +42,7 @@ def test_a_forked_process_trains_without_waiting_for_the_saves_of_its_parent() -
     weight.grad = torch.ones_like(weight)
     root, let_go = MemoryStorage(), threading.Event()
     faulty = Faulty(root, hang(let_go, "write", "steps/2/*"))
-    small = {"host_memory_bytes": 64 << 10, "block_bytes": 4096, "timeout_s": 60}
+    small: dict[str, Any] = {"host_memory_bytes": 64 << 10, "block_bytes": 4096, "timeout_s": 60}
     with Checkpointer(faulty, {"weight": weight, "optimizer": optimizer}, **small) as ckpt:
         ckpt.save(1).wait()
         second = ckpt.save(2)
