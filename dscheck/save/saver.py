@@ -171,7 +171,7 @@ class Saver:
         """Return, as soon as it is `ready` or nothing is under way any more, how many seconds that took."""
         began = time.monotonic()
         while self.tidy() and not ready():
-            self._in_flight[0].handle.join(POLL_S)
+            time.sleep(POLL_S)  # Ctrl-C in the wait for an event may leave its lock taken, and close() waiting for it
         return time.monotonic() - began
 
     def _take(self, attempt: Attempt, flat: FlatState, shares: Shares) -> Capture | None:
