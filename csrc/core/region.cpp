@@ -2,10 +2,12 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cerrno>
 #include <chrono>
 #include <cstring>
@@ -21,9 +23,20 @@ constexpr unsigned kPortableMapped = 1 | 2;
 
 std::size_t segment_end(std::size_t offset) { return (offset / Region::kSegmentBytes + 1) * Region::kSegmentBytes; }
 
-// Address space only: nothing is used until it is touched. Less is taken where a limit forbids that much.
+// Address space only: nothing is used until it is touched. As much as the machine has memory, since dozens of regions
+// may be there; a quarter of a limit (ulimit -v), since the rest is for training.
+std::size_t reserved_at_most() {
+  std::size_t most =
+      static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+  rlimit limit{};
+  if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
+    most = std::min<std::size_t>(most, limit.rlim_cur / 4);
+  }
+  return std::bit_ceil(std::max(most, Region::kSegmentBytes));
+}
+
 std::byte* reserve(std::size_t& bytes) {
-  for (bytes = std::size_t{1} << 42; bytes >= Region::kSegmentBytes; bytes /= 2) {
+  for (bytes = reserved_at_most(); bytes >= Region::kSegmentBytes; bytes /= 2) {
     void* const at = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (at != MAP_FAILED) return static_cast<std::byte*>(at);
   }

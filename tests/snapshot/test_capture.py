@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -335,6 +337,19 @@ def test_a_failed_capture_gives_its_room_to_the_next_one() -> None:
         training.end(capture)
     expected = all_bytes(training.locals())
     assert consume(training.capture(), 4) == expected
+
+
+def test_a_capturer_reserves_no_more_addresses_than_the_machine_has_memory() -> None:
+    """Dozens of them may be there, and the addresses of a process end, at 128 TiB."""
+
+    def reserved() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+    before = reserved()
+    capturer = Capturer(Settings(), lambda owner: 0)
+    memory = os.sysconf("SC_PHYS_PAGES") * resource.getpagesize()
+    assert reserved() - before <= 2 * memory + (1 << 30)
+    capturer.close()
 
 
 def test_memory_that_was_refused_once_is_asked_for_again() -> None:
