@@ -273,6 +273,7 @@ void Lane::work() {
     calibrate(lock);
   } catch (const cuda::Error&) {  // a lower rate is assumed
   }
+  bool looked = false;  // for spill memory to give back, since it last waited
   while (!copier.stop_) {
     std::shared_ptr<Capture> working;
     bool waiting = false, idle = true;
@@ -295,7 +296,11 @@ void Lane::work() {
           }
         }
       }
-      if (!waiting && copier.captures_.empty()) less_spill(lock);
+      if (!waiting && copier.captures_.empty() && !looked) {
+        looked = true;
+        less_spill(lock);
+        idle = false;  // what came meanwhile has woken nobody
+      }
     } catch (const std::exception& error) {
       if (working != nullptr) {
         copier.refuse(*working, error.what());
@@ -306,8 +311,9 @@ void Lane::work() {
     if (!idle) continue;
     if (waiting) {
       copier.changed_.wait_for(lock, kPoll);
-    } else {
+    } else if (!copier.stop_) {  // which more_spill() may have missed
       copier.changed_.wait(lock);
+      looked = false;
     }
   }
 }
