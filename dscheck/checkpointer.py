@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import platform
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -79,6 +80,7 @@ class Checkpointer:
         self._mixed: frozenset[str] | None = frozenset()
         """What a load that failed half way was to load: these names, or None for all."""
         self._ledger = Ledger()
+        self._saving = threading.Lock()
         self._watched: list[TensorLeaf] | None = None
         self._closed, self._process = False, os.getpid()
         self.loaded: LoadReport | None = None
@@ -111,6 +113,16 @@ class Checkpointer:
         error of an earlier save that was not raised yet. Any later fault shows on the handle and in a warning, and
         leaves the last committed step as it was (C8).
         """
+        if not self._saving.acquire(blocking=False):
+            raise ConfigError(
+                f"save({step!r}) while another thread is in save(): call it from the training thread alone"
+            )
+        try:
+            return self._save(step)
+        finally:
+            self._saving.release()
+
+    def _save(self, step: int) -> SaveHandle:
         began = time.monotonic()
         self._refuse_closed("save")
         self._saver.tidy()

@@ -88,6 +88,7 @@ class Capture:
         self._volatile = volatile
         # Held until all is copied: what is freed before would be memory of something else.
         self._held: Any = (held, copies)
+        self._addresses = list(map(torch.UntypedStorage.data_ptr, held))
         self._versioned = [locals[index] for index in plan.versioned]
         self._numbers = {id(owner): number for number, owner in enumerate(plan.owners)}
         self._fenced: set[int] = set()
@@ -174,6 +175,7 @@ class Capture:
             if not self._proved:
                 self._raise_failure()
                 self._refuse_changed(None)
+                self._refuse_freed()
                 self._raise_failure()
                 plan = self._plan
                 if len(plan.unowned):
@@ -297,6 +299,12 @@ class Capture:
             if now != then and watched:
                 plan.calm.distrust(int(plan.versioned[place]))
                 raise _torn(plan.name_of_versioned[place], "it was written to before it was captured")
+
+    def _refuse_freed(self) -> None:
+        """Holding a storage does not keep its bytes from `resize_(0)`, as code that moves a model aside may call it."""
+        held: Sequence[Any] = self._held[0] if self._held else ()
+        if not self._fenced and list(map(torch.UntypedStorage.data_ptr, held)) != self._addresses:
+            raise _torn(self._plan.names[0], "memory of this state was freed before it was captured")
 
     def _raise_failure(self) -> None:
         if self._error is not None:

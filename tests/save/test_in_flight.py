@@ -481,3 +481,13 @@ ckpt.save(2)
     assert ended.returncode == code, ended.stderr
     with Checkpointer(tmp_path, {}) as ckpt:
         assert ckpt.steps() == steps
+
+
+def test_a_second_thread_in_save_is_refused_and_breaks_nothing() -> None:
+    with Checkpointer(fresh(), {"w": torch.ones(300)}) as ckpt:
+        assert ckpt._saving.acquire()  # as the first one holds it
+        with pytest.raises(ConfigError, match="another thread"):
+            ckpt.save(1)
+        ckpt._saving.release()
+        ckpt.save(1).wait()
+        assert ckpt.steps() == [1]

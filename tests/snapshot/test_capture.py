@@ -516,3 +516,16 @@ def test_a_tensor_is_taken_for_frozen_whole_or_not_at_all() -> None:
     calm.note([0, 0], [b"a", b"b", b"c"])
     calm.note([0, 0], [b"a", b"B", b"c"])
     assert calm([0, 0]).tolist() == [False, False, True]
+
+
+def test_memory_that_was_freed_under_a_capture_refuses_it() -> None:
+    """Holding a storage does not keep its bytes: resize_(0) gives them back all the same."""
+    tensor = torch.randn(70_000)
+    capturer = Capturer(Settings(), lambda owner: 0)
+    plan = capturer.plan([tensor], [Source("t", 0, tensor)])
+    capture = capturer.take(plan, [tensor], time.monotonic() + 10)
+    capture.hold()
+    capture._copier.wait(capture._native, time.monotonic() + 10)  # nothing reads it any more
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(TornSnapshotError, match="freed"):
+        capture.wait()
