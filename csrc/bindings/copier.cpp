@@ -178,7 +178,8 @@ void bind_copier(nb::module_& module) {
   using namespace nb::literals;
   nb::class_<CaptureShape>(module, "CaptureShape")
       .def(nb::new_(&make_shape), "piece_bytes"_a, "piece_devices"_a, "small_bytes"_a, "small_devices"_a,
-           "small_targets"_a, "watched_bytes"_a, "watched_devices"_a, "block_bytes"_a, "check"_a);
+           "small_targets"_a, "watched_bytes"_a, "watched_devices"_a, "block_bytes"_a, "check"_a)
+      .def_ro("region_bytes", &CaptureShape::region_bytes);
   nb::class_<Capture>(module, "NativeCapture")
       .def_ro("captured_s", &Capture::captured_s)
       .def_ro("placed", &Capture::placed)
@@ -215,6 +216,7 @@ void bind_copier(nb::module_& module) {
   module.def("checksums", &checksums);
   module.def("sample", &sample, "data"_a);
   module.def("has_cuda_driver", [] { return cuda::driver() != nullptr; });
+  module.attr("USABLE_WINDOW") = kUsableWindow;
   module.attr("HOST") = kHost;
   module.attr("FROZEN") = kFrozen;
   module.attr("VOLATILE") = kVolatile;

@@ -13,10 +13,10 @@ namespace dscheck {
 constexpr std::size_t kHashBytes = kHashRows * 8;
 
 void CaptureShape::arrange() {
-  blocks = 0;
   for (const PieceSpec& piece : pieces) {
     first_block.push_back(blocks);
     blocks += block_count(piece.bytes, block_bytes);
+    region_bytes = align_up(region_bytes, alignment_of(piece.bytes)) + piece.bytes;
   }
   std::size_t smalls_bytes = 0;
   for (std::size_t i = 0; i < smalls.size(); ++i) {

@@ -37,6 +37,7 @@ struct CaptureShape {
   std::size_t block_bytes = 1;           // every piece is a multiple of it, or the end of a tensor
   std::vector<std::size_t> first_block;  // of each piece, among the checksums
   std::size_t blocks = 0;
+  std::size_t region_bytes = 0;  // where the last piece ends when an empty ring takes all of them
 
   std::size_t slab_bytes = 0;
   std::size_t before_at = 0, after_at = 0, captured_at = 0, watched_at = 0, tables_at = 0, hashes_at = 0;

@@ -21,8 +21,7 @@ constexpr std::size_t kAtOnceBytes = std::size_t{1} << 20;  // copied by a fence
 constexpr std::size_t kRunBytes = std::size_t{256} << 20;   // consumed at once, at most
 constexpr unsigned kSpillRows = 8;                          // blocks of threads a piece
 constexpr int kNice = 5;
-constexpr double kGrowth = 1.1;   // of the window from save to save: one that something else made long is no measure
-constexpr double kUsable = 0.85;  // of the measured window is counted on
+constexpr double kGrowth = 1.1;  // of the window from save to save: one that something else made long is no measure
 
 double now_s() { return std::chrono::duration<double>(Clock::now().time_since_epoch()).count(); }
 
@@ -263,7 +262,7 @@ void Copier::choose_spill(Capture& capture, OnDevice& on, double window_hint_s) 
   const cuda::InContext current(at.driver, at.context);
   const double window_s = at.window_s == 0 || window_hint_s == 0 ? std::max(at.window_s, window_hint_s)
                                                                  : std::min(at.window_s, window_hint_s);
-  double capacity = kUsable * at.rate * window_s;
+  double capacity = kUsableWindow * at.rate * window_s;
   for (const auto& earlier : captures_) {
     if (earlier.get() == &capture) continue;
     for (const Piece& piece : earlier->pieces) {

@@ -40,6 +40,9 @@ struct CopierSettings {
   std::size_t device_budget = Spill::kAuto;
 };
 
+// The part of the measured window before a fence that is counted on.
+constexpr double kUsableWindow = 0.85;
+
 // One device: its streams, its spill memory, the thread that feeds its copy engine.
 struct Lane;
 

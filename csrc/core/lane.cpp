@@ -9,8 +9,8 @@ namespace dscheck {
 namespace {
 
 constexpr unsigned kNonBlocking = 1;
-constexpr std::size_t kDepth =
-    3;  // copies enqueued at a time: the engine stays busy, and others wait for at most these
+// Copies enqueued at a time: the engine stays busy, and others wait for at most these.
+constexpr std::size_t kDepth = 3;
 constexpr auto kPoll = std::chrono::microseconds(100);
 constexpr double kPaced = 0.8;    // of the measured window that a capture is spread over
 constexpr double kRelaxed = 0.7;  // of the copy engine's time that the draining of spilled pieces may take

@@ -99,12 +99,17 @@ HOST: int
 FROZEN: int
 VOLATILE: int
 PRIVATE: int
+USABLE_WINDOW: float
+"""The part of the measured window before a fence that is counted on."""
 
 class CaptureShape:
     """What a plan fixes of a capture: bytes and device (HOST or an index) of each piece, small tensor and watched
     region; `small_targets`: byte offsets in the slab, multiples of 16. `block_bytes`: what one checksum is of. `check`:
     hash everything as well.
     """
+
+    region_bytes: int
+    """Where the last piece ends when an empty region takes all of them."""
 
     def __init__(
         self,

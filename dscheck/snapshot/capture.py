@@ -75,22 +75,22 @@ class Capture:
         native: NativeCapture,
         plan: CapturePlan,
         count: Callable[[Any], int],
-        steps: Sequence[int],
+        owners: Sequence[Any],
         versions: Sequence[int],
         volatile: frozenset[int],
         locals: Sequence[torch.Tensor],
-        held: Sequence[Any],
-        copies: Sequence[torch.Tensor],
+        lazy: Sequence[torch.UntypedStorage],
+        kept: Any,
         deadline: float,
     ) -> None:
         self._copier, self._native, self._plan, self._count = copier, native, plan, count
-        self._steps, self._versions, self._deadline = steps, versions, deadline
+        self._steps, self._versions, self._deadline = list(map(count, owners)), versions, deadline
         self._volatile = volatile
-        # Held until all is copied: what is freed before would be memory of something else.
-        self._held: Any = (held, copies)
-        self._addresses = list(map(torch.UntypedStorage.data_ptr, held))
+        self._kept = kept  # until all is copied: what is freed before would be memory of something else
+        self._lazy, self._addresses = lazy, list(map(torch.UntypedStorage.data_ptr, lazy))
         self._versioned = [locals[index] for index in plan.versioned]
-        self._numbers = {id(owner): number for number, owner in enumerate(plan.owners)}
+        self._owners = owners
+        self._numbers = {id(owner): number for number, owner in enumerate(owners)}
         self._fenced: set[int] = set()
         self._told_free = False
         self._error: Exception | None = None
@@ -180,7 +180,8 @@ class Capture:
                 plan = self._plan
                 if len(plan.unowned):
                     plan.calm.note(self._versions, [piece_sample(self._native, int(i)) for i in plan.unowned])
-                self._held, self._versioned, self._proved = None, [], True
+                self._proved = True
+                self._let_go()
 
     def chunks(self, index: int) -> Iterator[Chunk]:
         """The bytes of source `index`, in order; each chunk but the last a multiple of the block. Waits for them.
@@ -234,8 +235,12 @@ class Capture:
         except RuntimeError:  # of the driver, which says no more of any copy
             settled = False
         if settled:
-            self._held, self._versioned = None, []
+            self._let_go()
         return settled
+
+    def _let_go(self) -> None:
+        """Nothing reads the live memory any more."""
+        self._kept, self._lazy, self._versioned = None, (), []
 
     def _await_slab(self) -> None:
         if not self._slab_there and not self._copier.await_slab(self._native, self._deadline):
@@ -287,7 +292,7 @@ class Capture:
             return
         plan = self._plan
         for which in plan.lazy_owners:
-            stepped = self._count(plan.owners[which]) != self._steps[which]
+            stepped = self._count(self._owners[which]) != self._steps[which]
             if stepped and number in (None, which) and which not in self._fenced:
                 raise _torn(_first(plan, which), "its optimizer stepped before it was captured")
         versions = versions_of(self._versioned)
@@ -302,8 +307,7 @@ class Capture:
 
     def _refuse_freed(self) -> None:
         """Holding a storage does not keep its bytes from `resize_(0)`, as code that moves a model aside may call it."""
-        held: Sequence[Any] = self._held[0] if self._held else ()
-        if not self._fenced and list(map(torch.UntypedStorage.data_ptr, held)) != self._addresses:
+        if not self._fenced and list(map(torch.UntypedStorage.data_ptr, self._lazy)) != self._addresses:
             raise _torn(self._plan.names[0], "memory of this state was freed before it was captured")
 
     def _raise_failure(self) -> None:

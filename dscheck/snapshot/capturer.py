@@ -10,11 +10,9 @@ import torch
 
 from dscheck.config import Settings
 from dscheck.errors import ConfigError, DscheckError
-from dscheck.native import FROZEN, VOLATILE, Copier
+from dscheck.native import FROZEN, USABLE_WINDOW, VOLATILE, Copier
 from dscheck.snapshot.capture import Capture, versions_of
 from dscheck.snapshot.plan import UNOWNED, CapturePlan, Source
-
-_USABLE = 0.85  # of a window is counted on, as in csrc/core/copier.cpp
 
 
 class Capturer:
@@ -89,8 +87,11 @@ class Capturer:
             calm, owners = plan.calm(versions), owners.copy()
             owners[plan.unowned] = np.where(calm, FROZEN, VOLATILE)
             volatile = frozenset(plan.calm.places[~calm].tolist())
-        steps = [self._steps(owner) for owner in plan.owners]
         held = list(map(torch.Tensor.untyped_storage, large))
+        lazy = held
+        if volatile:
+            changing = set(plan.pieces.tensors[plan.unowned[~calm]].tolist())
+            lazy = [storage for index, storage in zip(plan.large, held, strict=True) if int(index) not in changing]
         try:
             native = self._copier.take(
                 plan.shape, plan.pieces.addresses(pointers), owners,
@@ -99,8 +100,9 @@ class Capturer:
         except RuntimeError as error:
             raise DscheckError(f"the capture could not begin: {error}") from error
         return Capture(
-            self._copier, native, plan, self._steps, steps, versions, volatile, locals, held, copies, deadline
-        )
+            self._copier, native, plan, self._steps, plan.owners, versions, volatile, locals,
+            lazy, (held, copies), deadline,
+        )  # fmt: skip
 
     def close(self) -> None:
         """End the threads and give all memory back, once no capture uses it any more."""
@@ -127,7 +129,7 @@ class Capturer:
             here = plan.pieces.devices == device
             unowned = int(plan.pieces.sizes[here & (plan.pieces.owners == UNOWNED)].sum())
             rate = self._copier.rate_and_window(device)[0]
-            excess += [unowned, int(plan.pieces.sizes[here].sum() - _USABLE * rate * window)]
+            excess += [unowned, int(plan.pieces.sizes[here].sum() - USABLE_WINDOW * rate * window)]
         return max(excess)
 
 

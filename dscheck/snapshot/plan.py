@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +95,8 @@ class CapturePlan:
         self.names = [source.name for source in sources]
         self.sizes = [source.view.numel() * source.view.itemsize for source in sources]
         self.nbytes = sum(self.sizes)
-        self.owners = _distinct(source.owner for source in sources if source.owner is not None)
+        owners = _distinct(source.owner for source in sources if source.owner is not None)
+        self._owners = [weakref.ref(owner) for owner in owners]
         self.check, self.block_bytes = check, block_bytes
         self._piece_bytes = _piece_bytes(piece_bytes, block_bytes, host_budget)
         self._count = len(locals)
@@ -103,13 +105,12 @@ class CapturePlan:
         self.piece_source: list[int] = []
         pieces, smalls = _Rows(), _Rows()
         self._slab = 0
-        numbers = {id(owner): number for number, owner in enumerate(self.owners)}
+        numbers = {id(owner): number for number, owner in enumerate(owners)}
         for number, source in enumerate(sources):
             owner = UNOWNED if source.owner is None else numbers[id(source.owner)]
             self._add(number, source, locals[source.index], owner, pieces, smalls)
         self.pieces, self.smalls = pieces.arrays(), smalls.arrays()
         self.watched = self._watch(locals, watched)
-        self.region_bytes = _end_in_ring(self.pieces.sizes.tolist())
         self.devices = sorted({int(device) for device in (*self.pieces.devices, *self.smalls.devices)} - {HOST})
         self.large = np.unique(self.pieces.tensors)
         self.unowned = np.flatnonzero(self.pieces.owners == UNOWNED)
@@ -125,6 +126,12 @@ class CapturePlan:
             self.smalls.sizes, self.smalls.devices, np.array(self._targets(), np.uint64),
             self.watched.sizes, self.watched.devices, block_bytes, check,
         )  # fmt: skip
+        self.region_bytes = self.shape.region_bytes
+
+    @property
+    def owners(self) -> list[Any]:
+        """By the numbers that pieces have. Not kept alive: an optimizer that was replaced holds gigabytes."""
+        return [owner() for owner in self._owners]
 
     def piece_names(self, index: int) -> str:
         """The source that a piece belongs to."""
@@ -240,15 +247,6 @@ class _Rows:
 
 def _distinct(values: Iterable[Any]) -> list[Any]:
     return list({id(value): value for value in values}.values())
-
-
-def _end_in_ring(sizes: Sequence[int]) -> int:
-    """Where the last of them ends when an empty ring takes them in turn, as csrc/core/ring.h aligns them."""
-    end = 0
-    for size in sizes:
-        unit = 4096 if size >= 1 << 20 else 64
-        end = -(-end // unit) * unit + size
-    return end
 
 
 def _device_of(device: torch.device) -> int:

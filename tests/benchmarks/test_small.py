@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from benchmarks import demo, demo_killed, gpu_check
+from benchmarks import demo, demo_killed
 from benchmarks.corpus import Windows, library_sources
 from benchmarks.gpt import GPT, Shape, cut_by_columns_and_rows, shard_fully
 from benchmarks.journal import Journal, read_journal
@@ -260,23 +259,3 @@ def test_versus_measures_all_and_leaves_nothing_behind(tmp_path: Path) -> None:
     assert all(ratio > 0 for by_pair in result["ratios"].values() for ratio in by_pair.values())
     assert list(work.iterdir()) == []
     assert str(tmp_path) not in (out / "versus.md").read_text() + (out / "versus.json").read_text()
-
-
-def test_gpu_check_finds_every_committed_step_equal_to_its_clone(tmp_path: Path) -> None:
-    result = gpu_check.check(small_check(), tmp_path / "root")
-    assert len(result["checked_steps"]) == 2
-    assert result["differences"] == {}
-
-
-def test_gpu_check_sees_one_flipped_bit() -> None:
-    job = gpu_check.Job(SMALL, 2, torch.device("cpu"), seed=1)
-    job.train_step()
-    moment = gpu_check.Moment.of(job)
-    assert moment.differences(job) == []
-    moment.tensors["norm.bias.exp_avg"].view(torch.int32)[3] ^= 1
-    assert moment.differences(job) == ["norm.bias.exp_avg"]
-
-
-def small_check() -> argparse.Namespace:
-    sizes = {"width": 32, "heads": 2, "layers": 1, "length": 16, "batch": 2, "steps": 4, "every": 2, "checked": 2}
-    return argparse.Namespace(device="cpu", **sizes)

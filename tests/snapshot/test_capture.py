@@ -520,12 +520,31 @@ def test_a_tensor_is_taken_for_frozen_whole_or_not_at_all() -> None:
 
 def test_memory_that_was_freed_under_a_capture_refuses_it() -> None:
     """Holding a storage does not keep its bytes: resize_(0) gives them back all the same."""
-    tensor = torch.randn(70_000)
-    capturer = Capturer(Settings(), lambda owner: 0)
-    plan = capturer.plan([tensor], [Source("t", 0, tensor)])
-    capture = capturer.take(plan, [tensor], time.monotonic() + 10)
-    capture.hold()
+    training = Training()
+    capture = training.capture()
     capture._copier.wait(capture._native, time.monotonic() + 10)  # nothing reads it any more
-    tensor.untyped_storage().resize_(0)
+    training.weight.untyped_storage().resize_(0)
     with pytest.raises(TornSnapshotError, match="freed"):
         capture.wait()
+
+
+def test_what_nobody_fences_may_be_freed_once_it_is_held_back_for() -> None:
+    training = Training()
+    training.extra = [torch.randn(70_000)]
+    expected = all_bytes(training.locals())
+    capture = training.capture()
+    training.extra[0].untyped_storage().resize_(0)
+    capture.wait()
+    assert consume(capture, len(expected)) == expected
+
+
+def test_a_plan_keeps_no_optimizer_alive() -> None:
+    training = Training()
+    capture = training.capture()
+    capture.wait()
+    training.end(capture)
+    optimizer, plan = weakref.ref(training.optimizer), training.plan
+    del training, capture
+    gc.collect()
+    assert optimizer() is None
+    assert plan is not None
