@@ -17,6 +17,10 @@ from dscheck.save.trace import Trace
 from dscheck.snapshot import Chunk
 from dscheck.storage.base import ObjectWriter, Storage
 
+JOINED_BYTES = 1 << 20
+BATCH_BYTES = 8 << 20
+"""What is shorter than the first is copied, and written together once it comes to the second."""
+
 WRITE_BYTES = 32 << 20
 """Of one call: its return may have to wait 5 ms for the GIL, and a deadline is looked at before the next one."""
 
@@ -43,9 +47,9 @@ class _Batched:
     def write(self, data: bytes | memoryview) -> None:
         """Append `data`, which the caller may reuse when this returns."""
         self.offset += len(data)
-        if len(data) < WRITE_BYTES // 8:
+        if len(data) < JOINED_BYTES:
             self._batch += data
-            if len(self._batch) >= WRITE_BYTES:
+            if len(self._batch) >= BATCH_BYTES:
                 self.flush()
             return
         self.flush()

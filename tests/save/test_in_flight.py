@@ -450,7 +450,7 @@ def test_a_skip_for_which_there_is_no_thread_is_told_in_its_turn(monkeypatch: py
 
     monkeypatch.setattr(threading.Thread, "start", scarce)
     faulty = Faulty(root, hang(let_go, "write", "steps/2/*"))
-    with Checkpointer(faulty, {"x": torch.zeros(100_000)}, when_busy="skip") as ckpt:
+    with Checkpointer(faulty, {"x": torch.zeros(1 << 20)}, when_busy="skip") as ckpt:  # too long to be copied aside
         planned(ckpt)
         second, third = ckpt.save(2), ckpt.save(3)
         let_go.set()
