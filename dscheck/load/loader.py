@@ -141,12 +141,9 @@ class Loader:
         index = contents.plan.index()
         targets = [target for target in restore.tensors if target.name in index]
         _compare(targets, contents, index, request.convert_dtype)
-        needs = [
-            need
-            for target in targets
-            for part in target.parts
-            for need in needs_of(contents.plan, index[target.name], part.region, part)
-        ]
+        needs = needs_of(
+            contents.plan, [(index[target.name], part.region, part) for target in targets for part in target.parts]
+        )
         return _Prepared(contents, restore, needs)
 
     def _fill(self, record: Record, prepared: _Prepared, unexpected: tuple[str, ...]) -> LoadReport:
@@ -164,7 +161,9 @@ class Loader:
             unexpected=unexpected,
             rng=rng,
             bytes=sum(need.box.numel * ITEMSIZE[need.row.dtype] for need in needs),
-            bytes_read=sum(read.stop - read.start for read in reads) + sum(crcs.nbytes for crcs in checksums.values()),
+            bytes_read=contents.index_bytes
+            + sum(read.stop - read.start for read in reads)
+            + sum(crcs.nbytes for crcs in checksums.values()),
             seconds=time.monotonic() - self._began,
         )
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dscheck.commit.contents import ADVICE, Contents
+from dscheck.commit.contents import Contents
+from dscheck.commit.stored import ADVICE
 from dscheck.errors import CorruptCheckpointError, DeadlineError
 from dscheck.layout.region import Region
 from dscheck.load.needs import Need, Read

@@ -11,7 +11,7 @@ class LoadReport:
 
     `missing`: live names that the checkpoint does not have (empty unless strict=False); `unexpected`: saved names below
     the wanted ones that nothing live took; `rng`: "exact" on the same number of ranks, "equivalent" on another, "none";
-    `bytes`: wanted bytes of tensors; `bytes_read`: read from storage for them, checksums included.
+    `bytes`: wanted bytes of tensors; `bytes_read`: read from storage for them, plan and checksums included.
     """
 
     step: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, overload
 
@@ -60,6 +60,16 @@ class Fragments(Sequence[Fragment]):
             _column([row.holders for row in rows], np.int32),
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[Fragments]) -> Fragments:
+        """The rows of all parts, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        parts = [cls.of([]), *parts]
+        boxes = Boxes.joined([part.boxes for part in parts])
+        tensor, *others = map(np.concatenate, zip(*(part._numbers() for part in parts), strict=True))
+        return cls(tensor, boxes, *others)
+
     def __len__(self) -> int:
         return len(self.tensor)
 
@@ -78,6 +88,11 @@ class Fragments(Sequence[Fragment]):
         row %= len(self)
         numbers = [int(column[row]) for column in self._numbers()]
         return Fragment(numbers[0], self.boxes.region(row), *numbers[1:])
+
+    def __iter__(self) -> Iterator[Fragment]:
+        tensor, *others = (column.tolist() for column in self._numbers())
+        regions = map(self.boxes.region, range(len(self)))
+        return map(Fragment, tensor, regions, *others)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Fragments):
@@ -98,8 +113,8 @@ class Fragments(Sequence[Fragment]):
     def overlapping(self, tensor: int, wanted: Region) -> Fragments:
         """The rows of a tensor that share an element with `wanted`, a region of as many dimensions."""
         begin, end = self.rows_of(tensor)
-        if begin == end:
-            return self[begin:end]
+        if begin == end or not wanted.numel:
+            return self[:0]
         start, stop = self.boxes.part(begin, end).matrices(wanted.ndim)
         hit = ((start < np.array(wanted.stop)) & (stop > np.array(wanted.start))).all(axis=1)
         return self.take(begin + np.flatnonzero(hit))

@@ -10,14 +10,20 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from itertools import chain
+from typing import Literal, NamedTuple
 
 MAX_ROWS = 2**31 - 1
+MAX_LIST = 64
+"""Items in a row of a compressed batch at most, as a tensor has dimensions: its offsets are not decoded yet."""
+
 _CONTINUATION = b"\xff\xff\xff\xff"
 _END = _CONTINUATION + b"\0\0\0\0"
+_ZSTD = 1
 _V5, _SCHEMA, _RECORD_BATCH = 4, 1, 3
 _TYPES = {"int": 2, "utf8": 5, "list": 12, "bytes": 15}
-_PADDING = 64
+PADDING = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,20 +44,53 @@ def walk(data: bytes, streams: Sequence[Sequence[Column]]) -> list[tuple[int, in
     bounds, position = [], 0
     for columns in streams:
         begin = position
-        schema, body_bytes, position = _message(data, position, _SCHEMA)
-        if body_bytes:
-            raise ValueError("a schema has a body")
-        _check_schema(schema, columns)
+        position = _schema_end(data, position)
+        _check_schema(data[begin:position], tuple(columns))
         batch, body_bytes, position = _message(data, position, _RECORD_BATCH)
         _Batch(batch, memoryview(data)[position : position + body_bytes]).check(columns)
-        position += body_bytes
-        if data[position : position + len(_END)] != _END:
-            raise ValueError("a stream does not end after its one batch")
-        position += len(_END)
+        position = _stream_end(data, position + body_bytes)
         bounds.append((begin, position))
     if position != len(data):
         raise ValueError(f"{len(data) - position} bytes follow the last stream")
     return bounds
+
+
+class Packed(NamedTuple):
+    """One buffer of a compressed batch: its bytes, and how many it has once they are decoded; None: they are raw."""
+
+    data: memoryview
+    nbytes: int | None
+
+
+def walk_packed(data: bytes, columns: Sequence[Column]) -> tuple[bytes, int, list[Packed]]:
+    """The schema's message, the number of rows, and all buffers in Arrow's order: of each column an empty bitmap, its
+    numbers, or its offsets, which are still to be checked, and the same of its items.
+
+    `data` is one stream as for `walk`, with each buffer compressed by zstd. Raises ValueError for anything else.
+    """
+    position = _schema_end(data, 0)
+    schema = data[:position]
+    _check_schema(schema, tuple(columns))
+    table, body_bytes, position = _message(data, position, _RECORD_BATCH)
+    batch = _PackedBatch(table, memoryview(data)[position : position + body_bytes])
+    batch.check(columns)
+    if _stream_end(data, position + body_bytes) != len(data):
+        raise ValueError("bytes follow the stream")
+    return schema, batch.rows, batch.packed
+
+
+def _schema_end(data: bytes, position: int) -> int:
+    """Where the schema's message ends that begins at `position`."""
+    _, body_bytes, position = _message(data, position, _SCHEMA)
+    if body_bytes:
+        raise ValueError("a schema has a body")
+    return position
+
+
+def _stream_end(data: bytes, position: int) -> int:
+    if data[position : position + len(_END)] != _END:
+        raise ValueError("a stream does not end after its one batch")
+    return position + len(_END)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +172,9 @@ def _message(data: bytes, position: int, kind: int) -> tuple[_Table, int, int]:
     return message.table(2), body_bytes, start + size
 
 
-def _check_schema(schema: _Table, columns: Sequence[Column]) -> None:
+@lru_cache(16)  # the batches of a plan have one schema, word by word
+def _check_schema(message: bytes, columns: tuple[Column, ...]) -> None:
+    schema, _, _ = _message(message, 0, _SCHEMA)
     # Slot 0 is the byte order (0 is little), 3 features such as compressed bodies. The caller reads slot 2, metadata.
     if schema.number(0, "<h") or schema.has(3):
         raise ValueError("a schema with another byte order, or with features")
@@ -165,22 +206,27 @@ class _Batch:
     """The walk over one record batch: nodes and buffers in the order of columns, depth first."""
 
     def __init__(self, batch: _Table, body: memoryview) -> None:
-        # Slot 3 is compression, 4 the counts that only string views have.
-        if batch.has(3) or batch.has(4):
-            raise ValueError("a compressed batch")
+        # The counts that only string views have.
+        if batch.has(4):
+            raise ValueError("a batch of another kind")
+        self._check_compression(batch)
         self._body = body
-        self._rows = batch.number(0, "<q")
-        self._nodes = batch.pairs(1)
+        self.rows = batch.number(0, "<q")
+        self._nodes: Iterator[tuple[int, int]] = batch.pairs(1)
         self._buffers = batch.pairs(2)
         self._end = 0
 
     def check(self, columns: Sequence[Column]) -> None:
-        if not 0 <= self._rows <= MAX_ROWS:
-            raise ValueError(f"a batch of {self._rows} rows")
+        if not 0 <= self.rows <= MAX_ROWS:
+            raise ValueError(f"a batch of {self.rows} rows")
         for column in columns:
-            self._check(column, self._rows)
+            self._check(column, self.rows)
         if next(self._nodes, None) is not None or next(self._buffers, None) is not None:
             raise ValueError("a batch with more columns than its schema")
+
+    def _check_compression(self, batch: _Table) -> None:
+        if batch.has(3):
+            raise ValueError("a compressed batch")
 
     def _check(self, column: Column, rows: int) -> None:
         if next(self._nodes, None) != (rows, 0):
@@ -201,7 +247,7 @@ class _Batch:
         offset, size = next(self._buffers, (-1, 0))
         if offset % 8 or offset < self._end or offset + size > len(self._body):
             raise ValueError(f"a buffer of column '{column.name}' is not inside the body")
-        if not (nbytes if least is None else least) <= size <= -(-nbytes // _PADDING) * _PADDING:
+        if not (nbytes if least is None else least) <= size <= -(-nbytes // PADDING) * PADDING:
             raise ValueError(f"a buffer of column '{column.name}' has {size} bytes, {nbytes} expected")
         self._end = offset + size
         return offset, size
@@ -216,3 +262,35 @@ class _Batch:
         if size < 4 or first != 0 or last < 0:
             raise ValueError(f"column '{column.name}' has offsets from {first} to {last}")
         return last
+
+
+class _PackedBatch(_Batch):
+    """The same where each buffer is compressed: what it has once decoded is said in front of it."""
+
+    def __init__(self, batch: _Table, body: memoryview) -> None:
+        super().__init__(batch, body)
+        self.packed: list[Packed] = []
+
+    def _check_compression(self, batch: _Table) -> None:
+        if not batch.has(3) or (batch.table(3).number(0, "<b"), batch.table(3).number(1, "<b")) != (_ZSTD, 0):
+            raise ValueError("a batch that is not compressed by zstd, buffer by buffer")
+
+    def _buffer(self, column: Column, nbytes: int, least: int | None = None) -> tuple[int, int]:
+        offset, size = next(self._buffers, (-1, 0))
+        if offset % 8 or offset < self._end or offset + size > len(self._body) or (size and size < 8):
+            raise ValueError(f"a buffer of column '{column.name}' is not inside the body")
+        self._end = offset + size
+        says = _read(self._body, offset, "<q") if size else 0
+        decoded = max(0, size - 8) if says == -1 else says
+        if not (nbytes if least is None else least) <= decoded <= -(-nbytes // PADDING) * PADDING:
+            raise ValueError(f"a buffer of column '{column.name}' has {decoded} bytes once decoded, {nbytes} expected")
+        self.packed.append(Packed(self._body[offset + min(8, size) : offset + size], None if says == -1 else says))
+        return offset, size
+
+    def _last_offset(self, column: Column, rows: int) -> int:
+        self._buffer(column, 4 * (rows + 1))
+        node = next(self._nodes, (-1, 0))
+        self._nodes = chain([node], self._nodes)
+        if not 0 <= node[0] <= rows * MAX_LIST:
+            raise ValueError(f"column '{column.name}' has {node[0]} items in {rows} rows")
+        return node[0]

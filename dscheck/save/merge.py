@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dscheck.errors import LayoutError, StateError
 from dscheck.layout.boxes import MAX_ITEMS, Bools, Boxes, Int32s, Ints, ints, opens, padded, spans
@@ -23,11 +25,13 @@ from dscheck.save.rivals import ADVICE, Rivals
 
 @dataclass(slots=True)
 class Merged:
-    """A plan, the exceptions to "its holders write it", and the regions whose samples must be compared at every
-    save.
+    """A plan, what is asked of it at every save, the exceptions to "its holders write it", and the regions whose
+    samples must be compared at every save. `file_ends` as in Plan; `nbytes` of all fragments.
     """
 
     plan: Plan
+    file_ends: Sequence[tuple[int, int]] = ()
+    nbytes: int = 0
     exceptions: dict[tuple[str, Region], tuple[int, ...]] = field(default_factory=dict)
     rivals: Rivals = field(default_factory=Rivals)
 
@@ -45,12 +49,12 @@ def merge(ranks: Sequence[RankClaims], block_bytes: int) -> Merged:
     for claims in _gathered(ranks, tensors, numbers, sets):
         parts.append(_divide(merged, claims, tensors, sets))
     pieces = _Pieces.joined(parts)
-    del parts
     offsets, first_blocks = place_all(pieces.writer, pieces.nbytes, block_bytes)
     holders, held = sets.in_order(pieces.holders)
     fragments = Fragments(pieces.tensor, pieces.boxes, pieces.writer, offsets, pieces.nbytes, first_blocks, held)
     rows = tuple(RankRow(rank, claims.host, claims.mesh) for rank, claims in enumerate(ranks))
-    merged.plan = Plan(tensors, fragments, rows, holders, block_bytes)
+    merged.plan = plan = Plan(tensors, fragments, rows, holders, block_bytes)
+    merged.file_ends, merged.nbytes = plan.file_ends(), int(pieces.nbytes.sum())
     return merged
 
 
@@ -205,15 +209,24 @@ class _Pieces:
     holders: Ints
 
     @classmethod
-    def joined(cls, parts: Sequence[_Pieces]) -> _Pieces:
+    def joined(cls, parts: list[_Pieces]) -> _Pieces:
+        """All parts in order; `parts` is emptied, so that hardly more than one copy is in memory."""
         none = np.empty(0, np.int32)
-        return cls(
-            np.concatenate([none, *(part.tensor for part in parts)]),
-            Boxes.joined([part.boxes for part in parts]),
-            np.concatenate([none, *(part.writer for part in parts)]),
-            np.concatenate([none.astype(np.int64), *(part.nbytes for part in parts)]),
-            np.concatenate([none.astype(np.int64), *(part.holders for part in parts)]),
-        )
+        columns = [[part.tensor for part in parts], [part.writer for part in parts]]
+        wide = [[part.nbytes for part in parts], [part.holders for part in parts]]
+        boxes = [part.boxes for part in parts]
+        parts.clear()
+        joined = Boxes.joined(boxes)
+        boxes.clear()
+        tensor, writer = (_joined(column, none) for column in columns)
+        nbytes, holders = (_joined(column, none.astype(np.int64)) for column in wide)
+        return cls(tensor, joined, writer, nbytes, holders)
+
+
+def _joined(parts: list[NDArray[Any]], none: NDArray[Any]) -> NDArray[Any]:
+    found = np.concatenate([none, *parts])
+    parts.clear()
+    return found
 
 
 def _divide(merged: Merged, claims: _Claims, tensors: Sequence[TensorRow], sets: _Sets) -> _Pieces:
