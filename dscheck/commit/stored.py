@@ -6,9 +6,9 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from dscheck.errors import CorruptCheckpointError
+from dscheck.errors import CorruptCheckpointError, LayoutError
 from dscheck.layout.region import Region
-from dscheck.manifest.arrow import decode_batch, decode_head
+from dscheck.manifest.arrow import decode_batch, decode_head, refusing
 from dscheck.manifest.fragments import Fragments
 from dscheck.manifest.head import BatchRules, Head
 from dscheck.manifest.keys import plan_key
@@ -95,25 +95,38 @@ class StoredPlan:
         for batch, rows in self._read(sorted(asking)):
             for number in asking[batch]:
                 found[number].append(rows.overlapping(*wanted[number]))
-        return [Fragments.joined(parts) for parts in found]
+        overlaps = [Fragments.joined(parts) for parts in found]
+        with refusing(self.key):
+            self._rules.check_rows(Fragments.joined([*overlaps]))
+        return overlaps
 
     def fragments_of(self, tensor: int) -> Fragments:
         """All fragments of one tensor, by start."""
         parts = []
-        for _, rows in self._read(self.head.directory.find(tensor, None)):
+        for rows in self._checked(self.head.directory.find(tensor, None)):
             begin, end = rows.rows_of(tensor)
             parts.append(rows[begin:end])
         return Fragments.joined(parts)
 
     def batches(self) -> Iterator[Fragments]:
         """All fragments, some at a time, none of which is kept."""
-        for _, rows in self._read(range(len(self.head.directory))):
-            yield rows
+        return self._checked(range(len(self.head.directory)))
 
     def whole(self) -> Plan:
-        """All of it in memory, some 80 bytes a fragment; its rules are still to be validated across batches."""
-        fragments = Fragments.joined(list(self.batches()))
-        return Plan(self.tensors, fragments, self.ranks, self.holders, self.block_bytes)
+        """All of it in memory, some 80 bytes a fragment, with every rule checked."""
+        rows = Fragments.joined([rows for _, rows in self._read(range(len(self.head.directory)))])
+        plan = Plan(self.tensors, rows, self.ranks, self.holders, self.block_bytes)
+        with refusing(self.key):
+            plan.validate()
+            if tuple(plan.file_ends()) != self.head.file_ends:
+                raise LayoutError("the fragments do not end where the ranks say that their data files do")
+        return plan
+
+    def _checked(self, batches: Sequence[int]) -> Iterator[Fragments]:
+        for number, rows in self._read(batches):
+            with refusing(f"{self.key} batch {number}"):
+                self._rules.check_batch(number, rows)
+            yield rows
 
     def _read(self, batches: Sequence[int]) -> Iterator[tuple[int, Fragments]]:
         """These batches, ascending, those that lie near each other in one read."""

@@ -67,7 +67,7 @@ def needs_of(plan: Plan, wanted: Sequence[tuple[int, Region, Any]]) -> list[Need
     Raises IncompleteCoverError with a box that no fragment has.
     """
     overlaps = plan.overlapping([(tensor, region) for tensor, region, _ in wanted])
-    rows, want = Fragments.joined(overlaps), np.repeat(np.arange(len(wanted)), list(map(len, overlaps)))
+    rows, want = Fragments.joined([*overlaps]), np.repeat(np.arange(len(wanted)), list(map(len, overlaps)))
     regions = Boxes.of([region for _, region, _ in wanted])
     ndim = int(regions.ndim.max(initial=0))
     low, high = regions.matrices(ndim)

@@ -7,7 +7,8 @@ messages.py.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -178,7 +179,7 @@ def _encode_head(plan: Plan, directory: Directory) -> bytes:
 
 def decode_head(data: bytes, key: str) -> Head:
     """The head in the object `key`. CorruptCheckpointError for any other content, with memory in its proportion."""
-    try:
+    with refusing(key):
         tensors, ranks, holders, batches = read(
             data, ("tensors", TENSORS), ("ranks", RANKS), ("holders", HOLDERS), ("batches", BATCHES)
         )
@@ -192,8 +193,6 @@ def decode_head(data: bytes, key: str) -> Head:
             _block_bytes(batches.schema),
         )
         head.validate()
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise _corrupt(key, error) from error
     return head
 
 
@@ -208,17 +207,18 @@ def _decode_directory(batch: pa.RecordBatch) -> Directory:
 
 
 def decode_batch(data: bytes, number: int, head: Head, rules: BatchRules, key: str) -> Fragments:
-    """The fragments in batch `number` of the object `key`; its digest has been compared. Raises as decode_head."""
-    try:
+    """The fragments in batch `number` of the object `key`, as many as the head says; its digest has been compared.
+
+    Raises as decode_head. Of each row it is still to be checked whether it agrees with the head.
+    """
+    with refusing(f"{key} batch {number}"):
         rows = int(head.directory.rows[number])
         tensor, start, stop, *numbers = read_packed(data, "fragments", FRAGMENTS, rows)
         if not np.array_equal(start[0], stop[0]):
             raise ValueError("a fragment has not as many starts as stops")
         boxes = Boxes(start[0].astype(np.int64), start[1], stop[1])
         fragments = Fragments(tensor[0], boxes, *(column[0] for column in numbers))
-        rules.check(number, fragments)
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise _corrupt(f"{key} batch {number}", error) from error
+        rules.check_bounds(number, fragments)
     return fragments
 
 
@@ -240,7 +240,7 @@ def encode_files(rows: Sequence[FileRow]) -> bytes:
 
 def decode_files(data: bytes, key: str) -> tuple[FileRow, ...]:
     """The rows in the object `key`. Raises CorruptCheckpointError for every other content."""
-    try:
+    with refusing(key):
         (batch,) = read(data, ("files", FILES))
         rank, size, blocks, *parts = columns(batch)
         extents = [
@@ -249,8 +249,6 @@ def decode_files(data: bytes, key: str) -> tuple[FileRow, ...]:
         ]
         rows = tuple(map(FileRow, rank, size, blocks, *extents))
         validate_files(rows)
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise _corrupt(key, error) from error
     return rows
 
 
@@ -268,8 +266,14 @@ def _block_bytes(schema: pa.Schema) -> int:
     return int(digits)
 
 
-def _corrupt(key: str, error: Exception) -> CorruptCheckpointError:
-    return CorruptCheckpointError(
-        f"'{key}' is damaged, or was not written by dscheck ({error}): load an earlier step, or run `dscheck verify`",
-        key=key,
-    )
+@contextmanager
+def refusing(key: str) -> Iterator[None]:
+    """What is wrong with the content of the object `key` becomes a CorruptCheckpointError."""
+    try:
+        yield
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise CorruptCheckpointError(
+            f"'{key}' is damaged, or was not written by dscheck ({error}): load an earlier step, or run "
+            "`dscheck verify`",
+            key=key,
+        ) from error

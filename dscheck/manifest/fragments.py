@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from dscheck.errors import LayoutError
-from dscheck.layout.boxes import Boxes, Int32s, Ints
+from dscheck.layout.boxes import Boxes, Int32s, Ints, joined
 from dscheck.layout.region import Region
 
 
@@ -61,14 +61,23 @@ class Fragments(Sequence[Fragment]):
         )
 
     @classmethod
-    def joined(cls, parts: Sequence[Fragments]) -> Fragments:
-        """The rows of all parts, in order."""
+    def joined(cls, parts: list[Fragments]) -> Fragments:
+        """The rows of all parts, in order. Empties the list."""
         if len(parts) == 1:
-            return parts[0]
-        parts = [cls.of([]), *parts]
-        boxes = Boxes.joined([part.boxes for part in parts])
-        tensor, *others = map(np.concatenate, zip(*(part._numbers() for part in parts), strict=True))
-        return cls(tensor, boxes, *others)
+            return parts.pop()
+        columns = [list(column) for column in zip(*(part._numbers() for part in parts), strict=True)] or [[]] * 6
+        boxes = [part.boxes for part in parts]
+        parts.clear()
+        tensor, writer, offset, nbytes, first_block, holders = columns
+        return cls(
+            joined(tensor, np.int32),
+            Boxes.joined(boxes),
+            joined(writer, np.int32),
+            joined(offset, np.int64),
+            joined(nbytes, np.int64),
+            joined(first_block, np.int64),
+            joined(holders, np.int32),
+        )
 
     def __len__(self) -> int:
         return len(self.tensor)
@@ -107,6 +116,8 @@ class Fragments(Sequence[Fragment]):
 
     def rows_of(self, tensor: int) -> tuple[int, int]:
         """Where the rows of a tensor begin and end; they are in order."""
+        if len(self) and self.tensor[0] == tensor == self.tensor[-1]:
+            return 0, len(self)
         begin, end = np.searchsorted(self.tensor, np.array([tensor, tensor + 1], np.int32))
         return int(begin), int(end)
 

@@ -100,29 +100,37 @@ class Head:
 
 
 class BatchRules:
-    """What the fragments of a batch must agree with."""
+    """What fragments of batches must agree with; refusals are LayoutErrors."""
 
     def __init__(self, head: Head) -> None:
         self._head = head
         self._rules = FragmentRules(head.tensors, head.holders, head.block_bytes)
         self._ends, self._blocks = np.array(head.file_ends, np.int64).reshape(-1, 2).T
 
-    def check(self, number: int, rows: Fragments) -> None:
-        """Raises LayoutError unless these are what the head says of its batch `number`."""
+    def check_bounds(self, number: int, rows: Fragments) -> None:
+        """These begin and end with the tensors that the head says of its batch `number`."""
         directory = self._head.directory
-        said = tuple(int(column[number]) for column in (directory.rows, directory.first, directory.last))
-        found = len(rows), *(int(tensor) for tensor in rows.tensor[[0, -1]])
+        said = int(directory.first[number]), int(directory.last[number])
+        found = int(rows.tensor[0]), int(rows.tensor[-1])
         if found != said:
-            raise LayoutError(f"rows, first and last tensor are {found}, by the head {said}")
-        self._rules.check(rows)
-        hull = directory.hulls.part(number, number + 1)
-        if len(hull.start):
-            start, stop = rows.boxes.matrices(len(hull.start))
-            if not (np.array_equal(start.min(axis=0), hull.start) and np.array_equal(stop.max(axis=0), hull.stop)):
-                raise LayoutError(f"the box around the fragments is not {hull.region(0)}, as by the head")
+            raise LayoutError(f"first and last tensor of batch {number} are {found}, by the head {said}")
+
+    def check_rows(self, rows: Fragments) -> None:
+        """Each of these is right, whichever they are."""
+        self._rules.check_each(rows)
         blocks = rows.first_block + block_count(rows.nbytes, self._head.block_bytes)
         if ((rows.offset + rows.nbytes > self._ends[rows.writer]) | (blocks > self._blocks[rows.writer])).any():
             raise LayoutError("a fragment lies behind the end of its data file")
+
+    def check_batch(self, number: int, rows: Fragments) -> None:
+        """These are the rows of batch `number`, all of them and in order."""
+        self.check_rows(rows)
+        self._rules.check(rows)
+        hull = self._head.directory.hulls.part(number, number + 1)
+        if len(hull.start):
+            start, stop = rows.boxes.matrices(len(hull.start))
+            if not (np.array_equal(start.min(axis=0), hull.start) and np.array_equal(stop.max(axis=0), hull.stop)):
+                raise LayoutError(f"the box around the fragments of batch {number} is not {hull.region(0)}")
 
 
 def cut_into_batches(tensor: Int32s, most: int) -> Iterator[tuple[int, int]]:

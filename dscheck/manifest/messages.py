@@ -11,7 +11,6 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from typing import Literal, NamedTuple
 
 MAX_ROWS = 2**31 - 1
@@ -44,8 +43,7 @@ def walk(data: bytes, streams: Sequence[Sequence[Column]]) -> list[tuple[int, in
     bounds, position = [], 0
     for columns in streams:
         begin = position
-        position = _schema_end(data, position)
-        _check_schema(data[begin:position], tuple(columns))
+        position = _checked_schema(data, position, columns)
         batch, body_bytes, position = _message(data, position, _RECORD_BATCH)
         _Batch(batch, memoryview(data)[position : position + body_bytes]).check(columns)
         position = _stream_end(data, position + body_bytes)
@@ -68,23 +66,19 @@ def walk_packed(data: bytes, columns: Sequence[Column]) -> tuple[bytes, int, lis
 
     `data` is one stream as for `walk`, with each buffer compressed by zstd. Raises ValueError for anything else.
     """
-    position = _schema_end(data, 0)
+    position = _checked_schema(data, 0, columns)
     schema = data[:position]
-    _check_schema(schema, tuple(columns))
     table, body_bytes, position = _message(data, position, _RECORD_BATCH)
-    batch = _PackedBatch(table, memoryview(data)[position : position + body_bytes])
-    batch.check(columns)
     if _stream_end(data, position + body_bytes) != len(data):
         raise ValueError("bytes follow the stream")
-    return schema, batch.rows, batch.packed
+    return schema, *_packed_buffers(table, memoryview(data)[position : position + body_bytes], columns)
 
 
-def _schema_end(data: bytes, position: int) -> int:
-    """Where the schema's message ends that begins at `position`."""
-    _, body_bytes, position = _message(data, position, _SCHEMA)
-    if body_bytes:
-        raise ValueError("a schema has a body")
-    return position
+def _checked_schema(data: bytes, position: int, columns: Sequence[Column]) -> int:
+    """Where the schema's message ends that begins at `position`, when it is that of these columns."""
+    end = position + 8 + _read(memoryview(data), position + 4, "<i")
+    _check_schema(data[position:end], tuple(columns))
+    return end
 
 
 def _stream_end(data: bytes, position: int) -> int:
@@ -174,7 +168,9 @@ def _message(data: bytes, position: int, kind: int) -> tuple[_Table, int, int]:
 
 @lru_cache(16)  # the batches of a plan have one schema, word by word
 def _check_schema(message: bytes, columns: tuple[Column, ...]) -> None:
-    schema, _, _ = _message(message, 0, _SCHEMA)
+    schema, body_bytes, end = _message(message, 0, _SCHEMA)
+    if body_bytes or end != len(message):
+        raise ValueError("a schema has a body")
     # Slot 0 is the byte order (0 is little), 3 features such as compressed bodies. The caller reads slot 2, metadata.
     if schema.number(0, "<h") or schema.has(3):
         raise ValueError("a schema with another byte order, or with features")
@@ -206,27 +202,22 @@ class _Batch:
     """The walk over one record batch: nodes and buffers in the order of columns, depth first."""
 
     def __init__(self, batch: _Table, body: memoryview) -> None:
-        # The counts that only string views have.
-        if batch.has(4):
-            raise ValueError("a batch of another kind")
-        self._check_compression(batch)
+        # Slot 3 is compression, 4 the counts that only string views have.
+        if batch.has(3) or batch.has(4):
+            raise ValueError("a compressed batch")
         self._body = body
-        self.rows = batch.number(0, "<q")
-        self._nodes: Iterator[tuple[int, int]] = batch.pairs(1)
+        self._rows = batch.number(0, "<q")
+        self._nodes = batch.pairs(1)
         self._buffers = batch.pairs(2)
         self._end = 0
 
     def check(self, columns: Sequence[Column]) -> None:
-        if not 0 <= self.rows <= MAX_ROWS:
-            raise ValueError(f"a batch of {self.rows} rows")
+        if not 0 <= self._rows <= MAX_ROWS:
+            raise ValueError(f"a batch of {self._rows} rows")
         for column in columns:
-            self._check(column, self.rows)
+            self._check(column, self._rows)
         if next(self._nodes, None) is not None or next(self._buffers, None) is not None:
             raise ValueError("a batch with more columns than its schema")
-
-    def _check_compression(self, batch: _Table) -> None:
-        if batch.has(3):
-            raise ValueError("a compressed batch")
 
     def _check(self, column: Column, rows: int) -> None:
         if next(self._nodes, None) != (rows, 0):
@@ -264,33 +255,38 @@ class _Batch:
         return last
 
 
-class _PackedBatch(_Batch):
-    """The same where each buffer is compressed: what it has once decoded is said in front of it."""
-
-    def __init__(self, batch: _Table, body: memoryview) -> None:
-        super().__init__(batch, body)
-        self.packed: list[Packed] = []
-
-    def _check_compression(self, batch: _Table) -> None:
-        if not batch.has(3) or (batch.table(3).number(0, "<b"), batch.table(3).number(1, "<b")) != (_ZSTD, 0):
-            raise ValueError("a batch that is not compressed by zstd, buffer by buffer")
-
-    def _buffer(self, column: Column, nbytes: int, least: int | None = None) -> tuple[int, int]:
-        offset, size = next(self._buffers, (-1, 0))
-        if offset % 8 or offset < self._end or offset + size > len(self._body) or (size and size < 8):
-            raise ValueError(f"a buffer of column '{column.name}' is not inside the body")
-        self._end = offset + size
-        says = _read(self._body, offset, "<q") if size else 0
-        decoded = max(0, size - 8) if says == -1 else says
-        if not (nbytes if least is None else least) <= decoded <= -(-nbytes // PADDING) * PADDING:
-            raise ValueError(f"a buffer of column '{column.name}' has {decoded} bytes once decoded, {nbytes} expected")
-        self.packed.append(Packed(self._body[offset + min(8, size) : offset + size], None if says == -1 else says))
-        return offset, size
-
-    def _last_offset(self, column: Column, rows: int) -> int:
-        self._buffer(column, 4 * (rows + 1))
-        node = next(self._nodes, (-1, 0))
-        self._nodes = chain([node], self._nodes)
-        if not 0 <= node[0] <= rows * MAX_LIST:
-            raise ValueError(f"column '{column.name}' has {node[0]} items in {rows} rows")
-        return node[0]
+def _packed_buffers(batch: _Table, body: memoryview, columns: Sequence[Column]) -> tuple[int, list[Packed]]:
+    """The rows of a compressed batch, and its buffers, whose lengths once decoded are those that the rows ask for."""
+    if batch.has(4) or not batch.has(3):
+        raise ValueError("a batch that is not compressed")
+    if (batch.table(3).number(0, "<b"), batch.table(3).number(1, "<b")) != (_ZSTD, 0):
+        raise ValueError("a batch that is not compressed by zstd, buffer by buffer")
+    rows, nodes, buffers = batch.number(0, "<q"), list(batch.pairs(1)), list(batch.pairs(2))
+    if not 0 <= rows <= MAX_ROWS:
+        raise ValueError(f"a batch of {rows} rows")
+    found: list[Packed] = []
+    end = node = 0
+    for column in columns:
+        wanted = [rows * column.width]
+        if nodes[node : node + 1] != [(rows, 0)]:
+            raise ValueError(f"column '{column.name}' does not have {rows} rows without nulls")
+        node += 1
+        if column.item is not None:
+            items, nulls = nodes[node] if node < len(nodes) else (-1, 0)
+            if nulls or not 0 <= items <= rows * MAX_LIST:
+                raise ValueError(f"column '{column.name}' has {items} items in {rows} rows, and {nulls} nulls")
+            wanted = [4 * (rows + 1), 0, items * column.item.width]
+            node += 1
+        for nbytes in (0, *wanted):
+            offset, size = buffers[len(found)] if len(found) < len(buffers) else (-1, 0)
+            if offset % 8 or offset < end or offset + size > len(body) or 0 < size < 8 or size < 0:
+                raise ValueError(f"a buffer of column '{column.name}' is not inside the body")
+            end = offset + size
+            says = int.from_bytes(body[offset : offset + 8], "little", signed=True) if size else 0
+            decoded = size - 8 if says == -1 else says
+            if not nbytes <= decoded <= -(-nbytes // PADDING) * PADDING or (size and not nbytes):
+                raise ValueError(f"a buffer of column '{column.name}' has {decoded} bytes decoded, {nbytes} expected")
+            found.append(Packed(body[offset + min(8, size) : end], None if says == -1 else says))
+    if node < len(nodes) or len(found) < len(buffers):
+        raise ValueError("a batch with more columns than its schema")
+    return rows, found

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dscheck.errors import LayoutError, StateError
-from dscheck.layout.boxes import MAX_ITEMS, Bools, Boxes, Int32s, Ints, ints, opens, padded, spans
+from dscheck.layout.boxes import MAX_ITEMS, Bools, Boxes, Int32s, Ints, ints, joined, opens, padded, spans
 from dscheck.layout.cover import prove_cover
 from dscheck.layout.region import Region
 from dscheck.layout.shares import writer_shares
@@ -125,7 +123,7 @@ class _Sets:
     def sizes(self) -> Ints:
         return ints(map(len, self.members))
 
-    def in_order(self, used: Ints) -> tuple[tuple[tuple[int, ...], ...], Int32s]:
+    def in_order(self, used: Int32s) -> tuple[tuple[tuple[int, ...], ...], Int32s]:
         """The sets that are used, in the order of their first use, and `used` by their new numbers."""
         first = np.full(len(self.members), len(used))
         np.minimum.at(first, used, np.arange(len(used)))
@@ -206,27 +204,21 @@ class _Pieces:
     boxes: Boxes
     writer: Int32s
     nbytes: Ints
-    holders: Ints
+    holders: Int32s
 
     @classmethod
     def joined(cls, parts: list[_Pieces]) -> _Pieces:
-        """All parts in order; `parts` is emptied, so that hardly more than one copy is in memory."""
-        none = np.empty(0, np.int32)
-        columns = [[part.tensor for part in parts], [part.writer for part in parts]]
-        wide = [[part.nbytes for part in parts], [part.holders for part in parts]]
-        boxes = [part.boxes for part in parts]
+        """All parts in order; the list is emptied."""
+        tensor, writer, holders = ([getattr(part, name) for part in parts] for name in ("tensor", "writer", "holders"))
+        nbytes, boxes = [part.nbytes for part in parts], [part.boxes for part in parts]
         parts.clear()
-        joined = Boxes.joined(boxes)
-        boxes.clear()
-        tensor, writer = (_joined(column, none) for column in columns)
-        nbytes, holders = (_joined(column, none.astype(np.int64)) for column in wide)
-        return cls(tensor, joined, writer, nbytes, holders)
-
-
-def _joined(parts: list[NDArray[Any]], none: NDArray[Any]) -> NDArray[Any]:
-    found = np.concatenate([none, *parts])
-    parts.clear()
-    return found
+        return cls(
+            joined(tensor, np.int32),
+            Boxes.joined(boxes),
+            joined(writer, np.int32),
+            joined(nbytes, np.int64),
+            joined(holders, np.int32),
+        )
 
 
 def _divide(merged: Merged, claims: _Claims, tensors: Sequence[TensorRow], sets: _Sets) -> _Pieces:
@@ -267,7 +259,7 @@ def _divide(merged: Merged, claims: _Claims, tensors: Sequence[TensorRow], sets:
         Boxes.cut(start, stop, ndim[tensor]),
         writer.astype(np.int32),
         (stop - start).prod(axis=1) * itemsizes[tensor],
-        holders,
+        holders.astype(np.int32),
     )
 
 

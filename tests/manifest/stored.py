@@ -6,7 +6,7 @@ from unittest import mock
 
 from dscheck.commit import put_plan
 from dscheck.commit.stored import StoredPlan
-from dscheck.manifest.arrow import EncodedPlan, decode_batch, decode_head, encode_plan
+from dscheck.manifest.arrow import EncodedPlan, decode_batch, decode_head, encode_plan, refusing
 from dscheck.manifest.fragments import Fragments
 from dscheck.manifest.head import BatchRules, Head
 from dscheck.manifest.plan import Plan
@@ -41,4 +41,8 @@ def decoded_head(data: bytes, key: str = "k") -> Head:
 def decoded_batch(data: bytes, key: str = "k") -> Fragments:
     """As the batch of the small plan."""
     head = decode_head(HEAD, key)
-    return decode_batch(data, 0, head, BatchRules(head), key)
+    rules = BatchRules(head)
+    rows = decode_batch(data, 0, head, rules, key)
+    with refusing(f"{key} batch 0"):
+        rules.check_batch(0, rows)
+    return rows
