@@ -61,8 +61,13 @@ class Contents:
         return cls(storage, record, plan, tuple(files))
 
     @property
+    def head_bytes(self) -> int:
+        """What every rank reads to know where anything lies: the plan's head, and the table of files."""
+        return self.record.plan.size + self.record.files.size
+
+    @property
     def index_bytes(self) -> int:
-        """What was read so far to know where the bytes of the tensors lie: of the plan, and the table of files."""
+        """What was read so far to know where the bytes of the tensors lie."""
         return self.plan.bytes_read + self.record.files.size
 
     def key(self, rank: int) -> str:
