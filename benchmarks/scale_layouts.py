@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -13,7 +13,7 @@ from dscheck.layout.boxes import Boxes, Ints, ints, padded
 from dscheck.layout.flat import flat_range_boxes
 from dscheck.layout.region import Region
 from dscheck.manifest.plan import TensorRow
-from dscheck.save.claims import Claim, RankClaims
+from dscheck.save.claims import RankClaims
 
 STATES = (
     ("model.{}", "bfloat16"),
@@ -131,6 +131,9 @@ def moe(ranks: int, expert_parts: int, parameters: Sequence[Parameter]) -> Grid:
     return Grid(f"MoE: experts over {expert_parts} x FSDP over {each}", ranks, parameters, cuts)
 
 
+_Group = tuple[tuple[TensorRow, ...], list[tuple[Parameter, list[int]]], Ints, tuple[tuple[int, ...], ...]]
+
+
 @dataclass
 class Megatron(Layout):
     """TP x PP x DP; each DP rank has a flat range of what its stage and TP rank keep for the optimizer."""
@@ -140,6 +143,7 @@ class Megatron(Layout):
     dp: int
     layers: int
     parameters: Sequence[Parameter]
+    _groups: dict[tuple[int, int], _Group] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ranks = self.tp * self.pp * self.dp
@@ -147,27 +151,49 @@ class Megatron(Layout):
 
     def claims(self, rank: int) -> RankClaims:
         tp, dp, pp = rank % self.tp, rank // self.tp % self.dp, rank // (self.tp * self.dp)
-        mesh = (("pp", pp), ("dp", dp), ("tp", tp))
-        return RankClaims.of(f"node{rank // 8:05}", mesh, self._claims(tp, dp, pp))
+        if (tp, pp) not in self._groups:
+            self._groups[tp, pp] = self._group(tp, pp)
+        tensors, rows, held_by, everyone = self._groups[tp, pp]
+        boxes = [self._shard(parameter, tp) for parameter, _ in rows]
+        edges = np.cumsum([0, *(box.numel for box in boxes)])
+        begin, end = int(edges[-1]) * dp // self.dp, int(edges[-1]) * (dp + 1) // self.dp
+        mine: dict[int, list[Region]] = {}
+        for (_, numbers), box, at in zip(rows, boxes, edges.tolist(), strict=False):
+            mine[numbers[0]] = [box]
+            first, last = max(begin - at, 0), min(end - at, box.numel)
+            if first < last:
+                flat = [part.shift(box.start) for part in flat_range_boxes(box.shape, first, last)]
+                mine |= dict.fromkeys(numbers[1:], flat)
+        counts = [len(mine.get(number, ())) for number in range(len(tensors))]
+        return RankClaims(
+            f"node{rank // 8:05}",
+            (("pp", pp), ("dp", dp), ("tp", tp)),
+            tensors,
+            (*everyone, (rank,), tuple(self._rank(other, dp, pp) for other in range(self.tp))),
+            held_by,
+            np.zeros(len(tensors), np.bool_),
+            np.cumsum([0, *counts]),
+            Boxes.of([box for number in range(len(tensors)) for box in mine.get(number, ())]),
+        )
 
-    def _claims(self, tp: int, dp: int, pp: int) -> Iterator[Claim]:
+    def _group(self, tp: int, pp: int) -> _Group:
+        """What the ranks of one TP rank and stage have alike: tensors; parameters, each with the numbers of its
+        tensors; which holder set each tensor has; and the sets of cut parameters and of uncut ones.
+        """
         of_stage = [p for p in self.parameters if self._stage(p) == pp]
-        boxes = [self._shard(p, tp) for p in of_stage]
-        total, at = sum(box.numel for box in boxes), 0
-        begin, end = total * dp // self.dp, total * (dp + 1) // self.dp
-        for p, box in zip(of_stage, boxes, strict=True):
-            peers = range(self.tp) if p.tp_dim is None else (tp,)
-            holders = tuple(self._rank(t, d, pp) for d in range(self.dp) for t in peers)
-            first = min(max(begin - at, 0), box.numel)
-            flat = flat_range_boxes(box.shape, first, max(first, min(end - at, box.numel)))
-            mine = tuple(part.shift(box.start) for part in flat)
-            at += box.numel
-            for number, (form, dtype) in enumerate(STATES):
-                if not number:
-                    yield Claim(form.format(p.name), dtype, p.shape, (box,), holders, "mesh")
-                else:
-                    group = tuple(self._rank(t, dp, pp) for t in peers)
-                    yield Claim(form.format(p.name), dtype, p.shape, mine, group, "mesh")
+        states = sorted(
+            (form.format(p.name), dtype, i, state)
+            for i, p in enumerate(of_stage)
+            for state, (form, dtype) in enumerate(STATES)
+        )
+        numbers = [[0] * len(STATES) for _ in of_stage]
+        for number, (_, _, i, state) in enumerate(states):
+            numbers[i][state] = number
+        tensors = tuple(TensorRow(name, dtype, of_stage[i].shape) for name, dtype, i, _ in states)
+        held_by = ints(2 * (state > 0) + (of_stage[i].tp_dim is None) for _, _, i, state in states)
+        cut = tuple(self._rank(tp, dp, pp) for dp in range(self.dp))
+        whole = tuple(self._rank(other, dp, pp) for dp in range(self.dp) for other in range(self.tp))
+        return tensors, list(zip(of_stage, numbers, strict=True)), held_by, (cut, whole)
 
     def _rank(self, tp: int, dp: int, pp: int) -> int:
         return (pp * self.dp + dp) * self.tp + tp
