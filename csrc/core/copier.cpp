@@ -16,10 +16,11 @@ namespace dscheck {
 namespace {
 
 constexpr unsigned kPortableMapped = 1 | 2;
-constexpr std::size_t kAhead = 4;                           // samples whose cache lines are on the way
-constexpr std::size_t kAtOnceBytes = std::size_t{1} << 20;  // copied by a fence that may not wait
-constexpr std::size_t kRunBytes = std::size_t{256} << 20;   // consumed at once, at most
-constexpr unsigned kSpillRows = 8;                          // blocks of threads a piece
+constexpr std::size_t kAhead = 4;                                            // samples whose cache lines are on the way
+constexpr std::size_t kAtOnceBytes = std::size_t{1} << 20;                   // copied by a fence that may not wait
+constexpr std::size_t kRunBytes = std::size_t{256} << 20;                    // consumed at once, at most
+constexpr unsigned kSpillRows = 8;                                           // blocks of threads a piece
+constexpr std::size_t kJoinedGap = 64, kJoinedBytes = std::size_t{4} << 20;  // of small tensors in one write
 constexpr int kNice = 5;
 constexpr double kGrowth = 1.1;  // of the window from save to save: one that something else made long is no measure
 
@@ -54,6 +55,7 @@ Copier::~Copier() {
   }
   changed_.notify_all();
   for (std::thread& thread : workers_) thread.join();
+  for (std::thread& thread : writers_) thread.join();
   for (const auto& lane : lanes_) lane->end();
   for (const auto& capture : captures_) slabs_.push_back(capture->slab);
   for (const Slab& slab : slabs_) {
@@ -510,6 +512,9 @@ void Copier::checksum(std::unique_lock<std::mutex>& lock) {
   lock.lock();
   piece.summed = true;
   --capture->under_way;
+  if (capture->output != nullptr && capture->output->pieces[index] != Output::kKept) {
+    to_write_.emplace_back(capture, index);
+  }
   changed_.notify_all();
 }
 
@@ -576,9 +581,105 @@ void Copier::free_run(Capture& capture, std::size_t first, std::size_t count) {
   changed_.notify_all();
 }
 
+void Copier::write(Capture& capture, std::shared_ptr<Output> output) {
+  const std::lock_guard lock(mutex_);
+  while (writers_.size() < std::max<std::size_t>(1, settings_.io_threads)) {
+    writers_.emplace_back(&Copier::write_work, this);
+  }
+  capture.output = std::move(output);
+  for (std::size_t index = 0; index < capture.pieces.size(); ++index) {
+    if (capture.output->pieces[index] == Output::kKept) continue;
+    ++capture.output->left;
+    if (capture.pieces[index].summed) to_write_.emplace_back(capture.shared_from_this(), index);
+  }
+  changed_.notify_all();
+}
+
+void Copier::write_work() {
+  setpriority(PRIO_PROCESS, static_cast<id_t>(gettid()), kNice);
+  std::unique_lock lock(mutex_);
+  while (!stop_) {
+    if (!to_write_.empty()) {
+      write_piece(lock);
+    } else {
+      changed_.wait(lock);
+    }
+  }
+}
+
+void Copier::write_piece(std::unique_lock<std::mutex>& lock) {
+  const auto [capture, index] = std::move(to_write_.front());
+  to_write_.pop_front();
+  const std::shared_ptr<Output> output = capture->output;
+  if (capture->failed() || capture->released || output->error != 0) return;
+  Piece& piece = capture->pieces[index];
+  if (const std::uint64_t offset = output->pieces[index]; offset != Output::kDropped) {
+    ++capture->under_way;
+    piece.write_began_s = now_s();
+    lock.unlock();
+    const int error = output->file->write({region_.data() + piece.slot, piece.bytes}, offset, output->cancelled);
+    lock.lock();
+    piece.write_ended_s = now_s();
+    --capture->under_way;
+    if (error != 0 && output->error == 0) output->error = error;
+    changed_.notify_all();
+    if (error != 0 || capture->released) return;
+  }
+  piece.state = State::kGone;
+  ring_.free(piece.slot);
+  --output->left;
+  place();
+  changed_.notify_all();
+}
+
+bool Copier::await_written(Capture& capture, Clock::time_point deadline) {
+  const bool there = await_slab(capture, deadline);
+  std::unique_lock lock(mutex_);
+  const std::shared_ptr<Output> output = capture.output;
+  if (there && !capture.released && output->error == 0) {
+    ++capture.under_way;
+    lock.unlock();
+    const int error = write_smalls(capture, *output);
+    lock.lock();
+    --capture.under_way;
+    if (output->error == 0) output->error = error;
+    changed_.notify_all();
+  }
+  const auto ended = [&] { return capture.failed() || output->error != 0 || output->left == 0; };
+  changed_.wait_until(lock, deadline, ended);
+  return there && !capture.failed() && output->error == 0 && output->left == 0;
+}
+
+// Those that lie next to each other in the file are joined, with the zeros between them.
+int Copier::write_smalls(const Capture& capture, Output& output) const {
+  const CaptureShape& shape = *capture.shape;
+  std::vector<std::byte> joined;
+  std::uint64_t begin = 0;
+  int error = 0;
+  const auto flush = [&] {
+    if (error == 0) error = output.file->write(joined, begin, output.cancelled);
+    joined.clear();
+  };
+  output.small_checksums.resize(shape.small_blocks);
+  for (std::size_t i = 0; i < shape.smalls.size(); ++i) {
+    const std::uint64_t offset = output.smalls[i], bytes = shape.smalls[i].bytes, end = begin + joined.size();
+    if (offset == Output::kDropped || bytes == 0) continue;
+    const std::span data(capture.slab.data + shape.targets[i], bytes);
+    crc32c_blocks(data, shape.block_bytes,
+                  {output.small_checksums.data() + shape.first_small_block[i], block_count(bytes, shape.block_bytes)});
+    if (offset < end || offset - end >= kJoinedGap || joined.size() + bytes > kJoinedBytes) flush();
+    if (joined.empty()) begin = offset;
+    joined.resize(offset - begin);
+    joined.insert(joined.end(), data.begin(), data.end());
+  }
+  flush();
+  return error;
+}
+
 bool Copier::release(Capture& capture, Clock::time_point deadline) {
   std::unique_lock lock(mutex_);
   if (capture.released) return true;
+  if (capture.output != nullptr) capture.output->cancelled = true;
   if (capture.captured_s == 0) refuse(capture, "it was given up");
   if (!changed_.wait_until(lock, deadline, [&capture] { return capture.under_way == 0; })) return false;
   if (capture.captured_s == 0 && !quiet(capture, lock, deadline)) return false;

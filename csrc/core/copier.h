@@ -36,7 +36,8 @@ struct Live {
 };
 
 struct CopierSettings {
-  std::size_t threads = 4;  // that copy host memory and compute checksums
+  std::size_t threads = 4;     // that copy host memory and compute checksums
+  std::size_t io_threads = 4;  // that write files
   std::size_t device_budget = Spill::kAuto;
 };
 
@@ -83,6 +84,14 @@ class Copier {
 
   void free_run(Capture& capture, std::size_t first, std::size_t count);
 
+  // The other way: threads write every piece to its place as soon as its checksums are there, and free its room. Once
+  // a capture, not after await_run() of a piece that goes there.
+  void write(Capture& capture, std::shared_ptr<Output> output);
+
+  // Writes the small tensors, and waits until all is written. False: the capture failed, a write did (its errno is in
+  // the output), or the deadline has passed.
+  bool await_written(Capture& capture, Clock::time_point deadline);
+
   // Nothing touches the capture's memory any more and its room is free; false when a copy does not end in time.
   bool release(Capture& capture, Clock::time_point deadline);
 
@@ -126,6 +135,9 @@ class Copier {
   void note_copied(const std::shared_ptr<Capture>& capture, std::size_t index);
   void checksum(std::unique_lock<std::mutex>& lock);
   void work();
+  void write_piece(std::unique_lock<std::mutex>& lock);
+  void write_work();
+  int write_smalls(const Capture& capture, Output& output) const;
   bool quiet(const Capture& capture, std::unique_lock<std::mutex>& lock, Clock::time_point deadline);
   void discard(Capture& capture);
   void forget(Capture& capture);
@@ -139,7 +151,8 @@ class Copier {
   std::vector<std::unique_ptr<Lane>> lanes_;
   std::vector<Slab> slabs_;
   std::deque<std::pair<std::shared_ptr<Capture>, std::size_t>> to_sum_;
-  std::vector<std::thread> workers_;
+  std::deque<std::pair<std::shared_ptr<Capture>, std::size_t>> to_write_;
+  std::vector<std::thread> workers_, writers_;
   Region region_;  // the first to go: its thread calls back until then
 };
 

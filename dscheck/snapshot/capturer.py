@@ -25,7 +25,9 @@ class Capturer:
     def __init__(self, settings: Settings, steps: Callable[[Any], int]) -> None:
         self._settings, self._steps = settings, steps
         device_budget = settings.device_memory_bytes
-        self._copier = Copier(settings.copy_threads, None if device_budget == "auto" else device_budget)
+        self._copier = Copier(
+            settings.copy_threads, settings.io_threads, None if device_budget == "auto" else device_budget
+        )
         self._spill = device_budget != 0
         self._prepared: CapturePlan | None = None
         self._sized = False
