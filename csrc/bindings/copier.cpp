@@ -241,7 +241,7 @@ void bind_copier(nb::module_& module) {
       .def("torn", [](const Copier& copier, const Handle& capture) { return copier.torn(*capture); })
       .def("pending", [](const Copier& copier, const Handle& capture) { return copier.pending(*capture); })
       .def("hurry", &Copier::hurry)
-      .def("has_room", &Copier::has_room, "nbytes"_a)
+      .def("has_room", &Copier::has_room, "nbytes"_a, "longest"_a)
       .def("rate_and_window", &Copier::rate_and_window, "device"_a)
       .def("spill_bytes", &Copier::spill_bytes, "device"_a)
       .def_prop_ro("asked", [](const Copier& copier) { return copier.region().asked(); })

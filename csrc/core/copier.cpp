@@ -684,6 +684,8 @@ bool Copier::release(Capture& capture, Clock::time_point deadline) {
   if (!changed_.wait_until(lock, deadline, [&capture] { return capture.under_way == 0; })) return false;
   if (capture.captured_s == 0 && !quiet(capture, lock, deadline)) return false;
   discard(capture);
+  const std::unique_ptr<OutFile> file = capture.output == nullptr ? nullptr : std::move(capture.output->file);
+  lock.unlock();  // to close a file that was deleted takes the time of all its bytes
   return true;
 }
 
@@ -758,11 +760,11 @@ void Copier::hurry() {
   for (const auto& known : lanes_) known->due = {};
 }
 
-bool Copier::has_room(std::size_t bytes) const {
+bool Copier::has_room(std::size_t bytes, std::size_t longest) const {
   const std::lock_guard lock(mutex_);
   const bool placed = std::all_of(captures_.begin(), captures_.end(),
                                   [](const auto& one) { return one->placed == one->pieces.size(); });
-  return placed && ring_.held() + bytes <= region_.asked();
+  return placed && (ring_.empty() ? bytes <= region_.asked() : bytes + longest <= ring_.room(region_.asked()));
 }
 
 std::optional<std::size_t> Copier::pending(const Capture& capture) const {

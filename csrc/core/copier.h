@@ -98,8 +98,9 @@ class Copier {
   // Somebody waits for room: what is under way is copied without pauses.
   void hurry();
 
-  // Whether the region, once it is ready, has as many bytes to give, gaps aside, and no capture waits for them.
-  bool has_room(std::size_t bytes) const;
+  // Whether the region, once it is ready, has places for `bytes` in pieces of at most `longest`, and no capture waits
+  // for them.
+  bool has_room(std::size_t bytes, std::size_t longest) const;
 
   // The first piece that is not captured yet, for messages.
   std::optional<std::size_t> pending(const Capture& capture) const;

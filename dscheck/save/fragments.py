@@ -106,5 +106,6 @@ def _let_go(capture: Capture, numbers: Sequence[int]) -> None:
 
 def _slice_bytes(settings: Settings) -> int:
     """A node's ranks share the device: each has its part of what may be under way."""
-    ranks = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")  # of torchrun
+    ranks = int(local) if local.isdecimal() and local != "0" else 1
     return min(SLICE_BYTES, settings.io_bytes_in_flight // (ranks * settings.io_threads))

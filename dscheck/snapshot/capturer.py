@@ -62,13 +62,13 @@ class Capturer:
 
     def room(self, plan: CapturePlan) -> bool:
         """Whether all pieces would find their place now, with no wait for earlier captures to be written."""
-        if self._copier.has_room(plan.region_bytes):
+        if self._copier.has_room(plan.region_bytes, plan.longest):
             return True
         if self._copier.asked + plan.region_bytes <= self._budget(plan):
             self._copier.prepare(self._copier.asked + plan.region_bytes, plan.devices, 0)
             return True
         # Less than one capture's size: it passes through, and never fits whole.
-        if plan.region_bytes > self._budget(plan) and self._copier.has_room(0):
+        if plan.region_bytes > self._budget(plan) and self._copier.has_room(0, 0):
             return True
         self._copier.hurry()
         return False

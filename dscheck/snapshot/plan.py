@@ -128,6 +128,7 @@ class CapturePlan:
             self.watched.sizes, self.watched.devices, block_bytes, check,
         )  # fmt: skip
         self.region_bytes = self.shape.region_bytes
+        self.longest = int(self.pieces.sizes.max(initial=0))
 
     @property
     def owners(self) -> list[Any]:
