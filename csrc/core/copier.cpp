@@ -44,7 +44,6 @@ Copier::Copier(const CopierSettings& settings)
         const std::lock_guard lock(mutex_);
         ring_.grow(region_.usable());
         place();
-        changed_.notify_all();
       }) {}
 
 Copier::~Copier() {
@@ -53,7 +52,7 @@ Copier::~Copier() {
     stop_ = true;
     for (const auto& capture : captures_) refuse(*capture, "the checkpointer was closed");
   }
-  changed_.notify_all();
+  wake_all();
   for (std::thread& thread : workers_) thread.join();
   for (std::thread& thread : writers_) thread.join();
   for (const auto& lane : lanes_) lane->end();
@@ -82,7 +81,7 @@ void Copier::prepare(std::size_t host_bytes, const std::vector<std::int32_t>& de
   }
   lock.unlock();
   region_.prepare(host_bytes, context);
-  changed_.notify_all();
+  to_copy_.notify_all();  // lanes get spill memory
 }
 
 Lane& Copier::lane(std::int32_t device) {
@@ -139,7 +138,8 @@ std::shared_ptr<Capture> Copier::take(std::shared_ptr<const CaptureShape> shape,
     throw;
   }
   settle(*capture);
-  changed_.notify_all();
+  to_copy_.notify_all();
+  to_work_.notify_all();
   return capture;
 }
 
@@ -319,6 +319,7 @@ void Copier::launch_spill(Capture& capture, OnDevice& on, std::size_t first) {
 
 // Places in the region, for the pieces of all captures in the order in which they are consumed.
 void Copier::place() {
+  bool placed = false;
   for (const auto& capture : captures_) {
     while (capture->placed < capture->pieces.size() && !capture->failed()) {
       Piece& piece = capture->pieces[capture->placed];
@@ -328,13 +329,22 @@ void Copier::place() {
           refuse(*capture, "host memory: " + problem);
         if (ring_.empty() && ring_.capacity() >= region_.asked())
           refuse(*capture, "the region is too small for a piece");
-        return;
+        break;
       }
       piece.slot = *slot;
-      piece.placed = true;
+      piece.placed = placed = true;
       ++capture->placed;
     }
+    if (capture->placed < capture->pieces.size() && !capture->failed()) break;
   }
+  if (!placed) return;
+  to_copy_.notify_all();
+  to_work_.notify_all();
+  changed_.notify_all();  // a fence may wait for it
+}
+
+void Copier::wake_all() {
+  for (auto* const waiting : {&changed_, &ended_, &to_copy_, &to_work_, &to_put_}) waiting->notify_all();
 }
 
 Copier::Fenced Copier::fence(Capture& capture, std::int32_t owner, const Streams& streams, Clock::time_point deadline,
@@ -347,6 +357,7 @@ Copier::Fenced Copier::fence(Capture& capture, std::int32_t owner, const Streams
       changed_.wait_until(lock, deadline);
     }
     if (!capture.failed() && !capture.released) hold_back(capture, owner, streams);
+    to_copy_.notify_all();  // copies may be under way that nobody looks at
   } catch (const std::exception& error) {
     refuse(capture, error.what());
   }
@@ -446,12 +457,13 @@ void Copier::settle(Capture& capture) {
     if (!kept && !capture.torn) capture.torn = static_cast<std::uint32_t>(index);
   }
   capture.captured_s = now_s();
-  changed_.notify_all();
+  ended_.notify_all();
 }
 
 void Copier::refuse(Capture& capture, std::string reason) {
   if (capture.failure.empty()) capture.failure = reason.empty() ? "refused" : std::move(reason);
   changed_.notify_all();
+  ended_.notify_all();
 }
 
 void Copier::fail(Capture& capture, const std::string& reason) {
@@ -495,6 +507,7 @@ void Copier::note_copied(const std::shared_ptr<Capture>& capture, std::size_t in
   piece.state = State::kCopied;
   piece.ended_s = now_s();
   to_sum_.emplace_back(capture, index);
+  to_work_.notify_one();
   changed_.notify_all();
 }
 
@@ -514,6 +527,7 @@ void Copier::checksum(std::unique_lock<std::mutex>& lock) {
   --capture->under_way;
   if (capture->output != nullptr && capture->output->pieces[index] != Output::kKept) {
     to_write_.emplace_back(capture, index);
+    to_put_.notify_one();
   }
   changed_.notify_all();
 }
@@ -528,14 +542,14 @@ void Copier::work() {
     } else if (!to_sum_.empty()) {
       checksum(lock);
     } else {
-      changed_.wait(lock);
+      to_work_.wait(lock);
     }
   }
 }
 
 bool Copier::wait(Capture& capture, Clock::time_point deadline) {
   std::unique_lock lock(mutex_);
-  return changed_.wait_until(lock, deadline, [&] { return capture.failed() || capture.captured_s != 0; });
+  return ended_.wait_until(lock, deadline, [&] { return capture.failed() || capture.captured_s != 0; });
 }
 
 std::size_t Copier::await_run(Capture& capture, std::size_t first, std::size_t stop, Clock::time_point deadline) {
@@ -592,7 +606,7 @@ void Copier::write(Capture& capture, std::shared_ptr<Output> output) {
     ++capture.output->left;
     if (capture.pieces[index].summed) to_write_.emplace_back(capture.shared_from_this(), index);
   }
-  changed_.notify_all();
+  to_put_.notify_all();
 }
 
 void Copier::write_work() {
@@ -602,7 +616,7 @@ void Copier::write_work() {
     if (!to_write_.empty()) {
       write_piece(lock);
     } else {
-      changed_.wait(lock);
+      to_put_.wait(lock);
     }
   }
 }
@@ -623,13 +637,13 @@ void Copier::write_piece(std::unique_lock<std::mutex>& lock) {
     --capture->under_way;
     if (error != 0 && output->error == 0) output->error = error;
     changed_.notify_all();
+    if (error != 0) ended_.notify_all();
     if (error != 0 || capture->released) return;
   }
   piece.state = State::kGone;
   ring_.free(piece.slot);
-  --output->left;
+  if (--output->left == 0) ended_.notify_all();
   place();
-  changed_.notify_all();
 }
 
 bool Copier::await_written(Capture& capture, Clock::time_point deadline) {
@@ -646,7 +660,7 @@ bool Copier::await_written(Capture& capture, Clock::time_point deadline) {
     changed_.notify_all();
   }
   const auto ended = [&] { return capture.failed() || output->error != 0 || output->left == 0; };
-  changed_.wait_until(lock, deadline, ended);
+  ended_.wait_until(lock, deadline, ended);
   return there && !capture.failed() && output->error == 0 && output->left == 0;
 }
 
@@ -719,7 +733,7 @@ void Copier::discard(Capture& capture) {
   }
   std::erase_if(captures_, [&capture](const auto& one) { return one.get() == &capture; });
   place();
-  changed_.notify_all();
+  to_copy_.notify_all();  // lanes may have spill memory to give back
   forget(capture);
 }
 
@@ -758,6 +772,7 @@ void Copier::hurry() {
   const std::lock_guard lock(mutex_);
   for (const auto& capture : captures_) capture->hurried = true;
   for (const auto& known : lanes_) known->due = {};
+  to_copy_.notify_all();
 }
 
 bool Copier::has_room(std::size_t bytes, std::size_t longest) const {

@@ -125,6 +125,7 @@ class Copier {
   bool spill(Capture& capture, OnDevice& on, std::uint32_t index);
   void launch_spill(Capture& capture, OnDevice& on, std::size_t first);
   void place();
+  void wake_all();
   bool advance(Capture& capture, std::int32_t owner, bool may_wait, std::unique_lock<std::mutex>& lock);
   void hold_back(Capture& capture, std::int32_t owner, const Streams& streams);
   void seal(Capture& capture, OnDevice& on, std::int32_t owner, cuda::Stream stream);
@@ -145,7 +146,12 @@ class Copier {
 
   const CopierSettings settings_;
   mutable std::mutex mutex_;
-  std::condition_variable changed_;
+  // One each for those who wait for the same: a thousand pieces a save would else wake all threads each time.
+  std::condition_variable changed_;  // pieces are further; for the consumer, fences and release()
+  std::condition_variable ended_;    // a capture, or its output, is complete or has failed
+  std::condition_variable to_copy_;  // lanes have something to do, or to look at
+  std::condition_variable to_work_;  // host pieces have places, or checksums are due
+  std::condition_variable to_put_;   // pieces are due to be written
   bool stop_ = false;
   Ring ring_;
   std::deque<std::shared_ptr<Capture>> captures_;  // the oldest first

@@ -314,9 +314,9 @@ void Lane::work() {
     }
     if (!idle) continue;
     if (waiting) {
-      copier.changed_.wait_for(lock, kPoll);
+      copier.to_copy_.wait_for(lock, kPoll);
     } else if (!copier.stop_) {  // which more_spill() may have missed
-      copier.changed_.wait(lock);
+      copier.to_copy_.wait(lock);
       looked = false;
     }
   }
