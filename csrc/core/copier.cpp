@@ -56,7 +56,12 @@ Copier::~Copier() {
   for (std::thread& thread : workers_) thread.join();
   for (std::thread& thread : writers_) thread.join();
   for (const auto& lane : lanes_) lane->end();
-  for (const auto& capture : captures_) slabs_.push_back(capture->slab);
+  for (const auto& capture : captures_) {
+    try {
+      forget(*capture);
+    } catch (const cuda::Error&) {  // the process ends, and the driver with it
+    }
+  }
   for (const Slab& slab : slabs_) {
     if (!slab.page_locked) std::free(slab.data);
   }

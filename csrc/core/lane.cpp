@@ -63,6 +63,7 @@ Lane::~Lane() {
     const cuda::InContext current(driver, context);
     spill.release_all();
     for (const cuda::Event unused : spare) driver.cuEventDestroy(unused);
+    for (const Flight& flight : flights) driver.cuEventDestroy(flight.end);
     if (last_end != nullptr) driver.cuEventDestroy(last_end);
     driver.cuStreamDestroy(copy);
     driver.cuStreamDestroy(aside);
