@@ -560,8 +560,9 @@ bool Copier::wait(Capture& capture, Clock::time_point deadline) {
 std::size_t Copier::await_run(Capture& capture, std::size_t first, std::size_t stop, Clock::time_point deadline) {
   std::unique_lock lock(mutex_);
   const std::vector<Piece>& pieces = capture.pieces;
-  changed_.wait_until(lock, deadline, [&] { return capture.failed() || pieces[first].summed; });
-  if (capture.failed() || !pieces[first].summed) return 0;
+  const auto over = [&] { return capture.failed() || capture.released; };
+  changed_.wait_until(lock, deadline, [&] { return over() || pieces[first].summed; });
+  if (over() || !pieces[first].summed) return 0;
   std::size_t next = first + 1;
   const auto follows = [&](const Piece& piece, const Piece& last) {
     return piece.summed && piece.slot == last.slot + last.bytes &&
@@ -664,7 +665,7 @@ bool Copier::await_written(Capture& capture, Clock::time_point deadline) {
     if (output->error == 0) output->error = error;
     changed_.notify_all();
   }
-  const auto ended = [&] { return capture.failed() || output->error != 0 || output->left == 0; };
+  const auto ended = [&] { return capture.failed() || capture.released || output->error != 0 || output->left == 0; };
   ended_.wait_until(lock, deadline, ended);
   return there && !capture.failed() && output->error == 0 && output->left == 0;
 }
@@ -739,6 +740,8 @@ void Copier::discard(Capture& capture) {
   std::erase_if(captures_, [&capture](const auto& one) { return one.get() == &capture; });
   place();
   to_copy_.notify_all();  // lanes may have spill memory to give back
+  changed_.notify_all();  // who still consumes it
+  ended_.notify_all();
   forget(capture);
 }
 
