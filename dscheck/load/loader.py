@@ -15,7 +15,8 @@ from dscheck.commit.contents import Contents
 from dscheck.config import Settings
 from dscheck.errors import ConfigError, DscheckError, StateMismatchError
 from dscheck.load.needs import Need, needs_of, reads_of
-from dscheck.load.read import Reader
+from dscheck.load.place import mark_written
+from dscheck.load.read import Reader, Task
 from dscheck.load.report import LoadReport
 from dscheck.load.saved import saved_state
 from dscheck.manifest.dtypes import ITEMSIZE
@@ -155,7 +156,12 @@ class Loader:
         reads = reads_of(needs, contents.plan.block_bytes)
         for device in {need.target.view.device for need in needs} - {torch.device("cpu")}:
             torch.accelerator.synchronize(device)  # a step under way, on whatever stream, must not write over it
-        Reader(contents, checksums, self._deadline).run(reads, self._settings.read_threads)
+        try:
+            with Reader(contents, checksums, [Task(read) for read in reads], self._settings, self._deadline) as reader:
+                for _ in reader.finished():
+                    pass
+        finally:
+            mark_written(needs)
         rng = restore.finish()
         return LoadReport(
             step=record.step,
