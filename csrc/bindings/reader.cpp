@@ -2,7 +2,6 @@
 
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
@@ -53,9 +52,14 @@ Reader::Clock::time_point at(double seconds) {
       std::chrono::duration_cast<Reader::Clock::duration>(std::chrono::duration<double>(seconds)));
 }
 
-std::size_t add(Reader& reader, std::shared_ptr<File> file, std::uint64_t start, std::size_t bytes,
-                const GivenBlocks& blocks, const GivenCopies& copies, bool kept) {
-  return reader.add({std::move(file), start, bytes, blocks_of(blocks), copies_of(copies), kept});
+// Not a File itself: nanobind's own shared pointers need the GIL where they end, which may be in any thread.
+struct OpenFile {
+  std::shared_ptr<File> file;
+};
+
+std::size_t add(Reader& reader, const OpenFile* file, std::uint64_t start, std::size_t bytes, const GivenBlocks& blocks,
+                const GivenCopies& copies, bool kept) {
+  return reader.add({file == nullptr ? nullptr : file->file, start, bytes, blocks_of(blocks), copies_of(copies), kept});
 }
 
 // Memory of the reader's own: `self` stays alive as long as the array does.
@@ -94,7 +98,8 @@ std::optional<GivenDamage> place(nb::handle data, std::size_t block_bytes, const
 
 void bind_reader(nb::module_& module) {
   using namespace nb::literals;
-  nb::class_<File>(module, "File").def(nb::init<int>(), "fd"_a);
+  nb::class_<OpenFile>(module, "File")
+      .def(nb::new_([](int fd) { return OpenFile{std::make_shared<File>(fd)}; }), "fd"_a);
   nb::class_<Reader>(module, "NativeReader")
       .def(
           "__init__",

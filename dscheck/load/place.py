@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -56,13 +56,15 @@ class Deliveries:
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.Stream] = {}
-        self._under_way: list[tuple[int, list[torch.Event]]] = []
+        self._under_way: list[tuple[torch.Tensor, Callable[[], object], list[torch.Event]]] = []
 
     def __bool__(self) -> bool:
         return bool(self._under_way)
 
-    def start(self, number: int, buffer: torch.Tensor, needs: Sequence[tuple[Need, int]]) -> None:
-        """Needs of `buffer` (bytes, on any device), each with its base as in `copy_of`; `number` is theirs."""
+    def start(
+        self, buffer: torch.Tensor, needs: Sequence[tuple[Need, int]], over: Callable[[], object] = lambda: None
+    ) -> None:
+        """Needs of `buffer` (bytes, on any device), each with its base as in `copy_of`; `over` is called by `tidy`."""
         for need, base in needs:
             device = need.target.view.device
             if device == _HOST:
@@ -71,13 +73,16 @@ class Deliveries:
                 with self._stream(device):
                     _deliver(need, buffer, base)
         devices = {need.target.view.device for need, _ in needs} - {_HOST}
-        self._under_way.append((number, [self._stream(device).record_event() for device in devices]))
+        self._under_way.append((buffer, over, [self._stream(device).record_event() for device in devices]))
 
-    def over(self) -> list[int]:
-        """The numbers whose bytes have all arrived since the last call."""
-        done = [number for number, events in self._under_way if all(event.query() for event in events)]
-        self._under_way = [(number, events) for number, events in self._under_way if number not in done]
-        return done
+    def tidy(self) -> None:
+        """End what has arrived."""
+        under_way, self._under_way = self._under_way, []
+        for buffer, over, events in under_way:
+            if all(event.query() for event in events):
+                over()
+            else:
+                self._under_way.append((buffer, over, events))
 
     def finish(self) -> None:
         """Return when everything has arrived."""

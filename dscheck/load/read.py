@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from dscheck.errors import CorruptCheckpointError, DeadlineError, DscheckError, 
 from dscheck.load.needs import Need, Read
 from dscheck.load.place import Copy, Deliveries, copy_of, is_plain
 from dscheck.native import File, NativeReader, place
-from dscheck.storage.base import LocalFiles
+from dscheck.storage.base import LocalFiles, Storage
 
 Checksums = Mapping[int, NDArray[np.uint32]]
 Blocks = tuple[int, int, NDArray[np.uint32]]
@@ -50,8 +51,15 @@ class Reader:
     """
 
     def __init__(
-        self, contents: Contents, checksums: Checksums, tasks: Sequence[Task], settings: Settings, deadline: float
+        self,
+        storage: Storage,
+        contents: Contents,
+        checksums: Checksums,
+        tasks: Sequence[Task],
+        settings: Settings,
+        deadline: float,
     ) -> None:
+        self._storage = storage
         self._contents, self._checksums, self._tasks, self._deadline = contents, checksums, tasks, deadline
         self._block_bytes = contents.plan.block_bytes
         self._deliveries = Deliveries()
@@ -63,7 +71,7 @@ class Reader:
         buffers = min(len(tasks), max(AT_ONCE, settings.read_memory_bytes // (longest + (2 << 20))))
         device = _page_locked_for(need for task in tasks for need in task.read.needs)
         threads = min(settings.read_threads, buffers)
-        local = isinstance(contents.storage, LocalFiles)
+        local = isinstance(storage, LocalFiles)
         self._native = NativeReader(threads if local else 0, buffers, longest, self._block_bytes, device)
         for number in range(0 if local else threads):
             threading.Thread(target=self._fill, name=f"dscheck-read-{number}", daemon=True).start()
@@ -86,10 +94,9 @@ class Reader:
                 continue
             self._finished += 1
             task = self._tasks[number]
-            needs = [need for need in task.read.needs if not is_plain(need)]
+            needs = _delivered(task.read)
             if needs:
-                bases = [(need, need.fragment.offset - task.read.start) for need in needs]
-                self._deliveries.start(number, self.bytes(number), bases)
+                self._deliveries.start(self.bytes(number), needs, partial(self.release, number))
             self._uses[number] = bool(needs) + task.kept
             if task.kept:
                 yield number
@@ -105,12 +112,19 @@ class Reader:
             self._native.release(number)
 
     def place(self, read: Read, data: torch.Tensor) -> None:
-        """The bytes of `read`, come from elsewhere, verified and placed. Raises CorruptCheckpointError."""
-        blocks, copies = self._native_form(read)
-        damage = place(data.numpy(), self._block_bytes, blocks, copies)
-        if damage is not None:
-            offset, stored, found = damage
-            raise self._corrupt(read, read.start + offset, stored, found)
+        """The bytes of `read`, which another rank has verified, are placed, and verified again where they lie on the
+        host. Raises CorruptCheckpointError.
+        """
+        needs = _delivered(read)
+        if data.is_cpu or len(needs) < len(read.needs):
+            blocks, copies = self._native_form(read)
+            damage = place(data.cpu().numpy(), self._block_bytes, blocks, copies)
+            if damage is not None:
+                offset, stored, found = damage
+                raise self._corrupt(read, read.start + offset, stored, found)
+        if needs:
+            self._deliveries.start(data, needs)
+            self._deliveries.tidy()
 
     def _add(self) -> None:
         while self._added < len(self._tasks) and self._added - self._finished < AHEAD:
@@ -138,7 +152,7 @@ class Reader:
         return found
 
     def _open(self, rank: int) -> File | None:
-        storage = self._contents.storage
+        storage = self._storage
         if not isinstance(storage, LocalFiles):
             return None
         if self._file is None or self._file[0] != rank:
@@ -154,8 +168,7 @@ class Reader:
 
     def _next(self) -> int | None:
         """The next read that is finished, if one is soon."""
-        for over in self._deliveries.over():
-            self.release(over)
+        self._deliveries.tidy()
         now = time.monotonic()
         patience_s = PATIENCE_FOR_DEVICES_S if self._deliveries else PATIENCE_S
         number = self._native.finished(min(self._deadline, now + patience_s))
@@ -173,7 +186,7 @@ class Reader:
             return
         number, offset, error, crcs = fault
         read = self._tasks[number].read
-        storage, key = self._contents.storage, self._contents.key(read.rank)
+        storage, key = self._storage, self._contents.key(read.rank)
         if crcs is not None:
             raise self._corrupt(read, offset, *crcs)
         where = f"'{storage.url}/{key}'"
@@ -190,7 +203,7 @@ class Reader:
 
     def _corrupt(self, read: Read, offset: int, stored: int, found: int) -> DscheckError:
         block, key = self._block_bytes, self._contents.key(read.rank)
-        where = f"'{self._contents.storage.url}/{key}' at {offset}"
+        where = f"'{self._storage.url}/{key}' at {offset}"
         need = next(need for need in read.needs if need.extent(block)[0] <= offset < need.extent(block)[1])
         return CorruptCheckpointError(
             f"fragment '{need.row.name}' {need.fragment.region} of step {self._contents.record.step}: crc32c "
@@ -201,7 +214,7 @@ class Reader:
         )
 
     def _late(self) -> DscheckError:
-        url = self._contents.storage.url
+        url = self._storage.url
         return DeadlineError(
             f"step {self._contents.record.step}: {len(self._tasks) - self._finished} of {len(self._tasks)} reads from "
             f"{url} did not end in time",
@@ -211,7 +224,7 @@ class Reader:
 
     def _fill(self) -> None:
         """One thread that reads what native threads cannot."""
-        storage = self._contents.storage
+        storage = self._storage
         try:
             while (number := self._native.next_to_fill(self._deadline)) is not None:
                 read = self._tasks[number].read
@@ -220,6 +233,11 @@ class Reader:
         except BaseException as error:
             self._error = self._error or error
             self._native.stop()
+
+
+def _delivered(read: Read) -> list[tuple[Need, int]]:
+    """What torch has to write, with bases as in `copy_of`."""
+    return [(need, need.fragment.offset - read.start) for need in read.needs if not is_plain(need)]
 
 
 def _page_locked_for(needs: Iterator[Need]) -> int:
