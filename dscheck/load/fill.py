@@ -6,15 +6,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from dscheck.commit.contents import Contents
 from dscheck.config import Settings
 from dscheck.load.needs import Need, Read, reads_of
+from dscheck.load.passing import Passing
 from dscheck.load.place import mark_written
 from dscheck.load.read import Checksums, Reader, Task
 from dscheck.load.share import Shared, decode, divided, encode, schedule, wanted
-from dscheck.load.wire import Arrival, Wire
+from dscheck.load.wire import Wire
 from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.storage.base import Storage
 
@@ -27,30 +26,27 @@ Agree = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What one rank reads, and what it sends and is sent. `rounds` and `on_device` are the same on all ranks."""
+    """What one rank reads for itself, its needs of each range that it shares, and how many `rounds` all ranks have."""
 
     private: list[Need]
     parts: dict[Shared, tuple[Need, ...]]
     rounds: int
-    on_device: bool
+    passing: Passing | None
 
 
 def split(contents: Contents, needs: Sequence[Need], wire: Wire | None, deadline: float) -> Split:
     """Agree with all ranks on who reads what. Collective, where there is a wire."""
     block_bytes = contents.plan.block_bytes
     if wire is None or block_bytes % WHOLE_ELEMENTS:
-        return Split(list(needs), {}, 0, False)
+        return Split(list(needs), {}, 0, None)
     on_device = bool(needs) and all(need.target.view.device.type != "cpu" for need in needs)
     posts = wire.gather(bytes([on_device]) + encode(wanted(needs, block_bytes)), deadline)
     shared = schedule([decode(post[1:]) for post in posts])
     mine = [one for one in shared if wire.rank in one.members]
     private, parts = divided(needs, [one.range for one in mine], block_bytes)
-    return Split(
-        private,
-        {one: tuple(parts[one.range]) for one in mine},
-        max((one.round for one in shared), default=-1) + 1,
-        all(post[0] for post in posts),
-    )
+    rounds = max((one.round for one in shared), default=-1) + 1
+    passing = Passing(wire, shared, all(post[0] for post in posts), deadline) if rounds else None
+    return Split(private, {one: tuple(parts[one.range]) for one in mine}, rounds, passing)
 
 
 class Filling:
@@ -83,8 +79,8 @@ class Filling:
                 self._storage, self._contents, self._checksums, tasks, self._settings, self._deadline
             ) as reader:
                 finished = reader.finished()
-                if wire is not None:
-                    self._pass_on(reader, finished, split, own, wire, agree)
+                if split.passing is not None:
+                    self._pass_on(reader, finished, split, own, split.passing, agree)
                 for _ in finished:
                     raise AssertionError("a read was kept for a round that there was not")
         finally:
@@ -96,31 +92,26 @@ class Filling:
         finished: Iterator[int],
         split: Split,
         own: dict[Shared, int],
-        wire: Wire,
+        passing: Passing,
         agree: Agree,
     ) -> None:
-        """Round by round: wait for what this rank reads, agree, swap, place."""
+        """Round by round: have what this rank reads, agree, exchange, place."""
         by_round: dict[int, list[Shared]] = defaultdict(list)
         for one in split.parts:
             by_round[one.round].append(one)
         there: set[int] = set()
         for number in range(split.rounds):
-            sends: list[tuple[int, torch.Tensor]] = []
-            receives = [one for one in by_round[number] if one not in own]
-            for one in by_round[number]:
-                if one in own:
-                    while own[one] not in there:
-                        there.add(next(finished))
-                    data = reader.bytes(own[one])
-                    sends += [(member, data) for member in one.members if member != wire.rank]
+            sent = [one for one in by_round[number] if one in own]
+            for one in sent:
+                while own[one] not in there:
+                    there.add(next(finished))
+                passing.offer(one, reader.bytes(own[one]))
             agree(number)
-            arrivals = [Arrival(one.reader, one.range.nbytes) for one in receives]
-            for one, data in zip(receives, wire.swap(sends, arrivals, split.on_device, self._deadline), strict=True):
+            for one, data in passing.exchange([one for one in by_round[number] if one not in own]):
                 reader.place(self._read_of(one, split), data)
                 self.received += one.range.nbytes
-            for one in by_round[number]:
-                if one in own:
-                    reader.release(own[one])
+            for one in sent:
+                reader.release(own[one])
 
     def _read_of(self, one: Shared, split: Split) -> Read:
         return Read(one.range.file, one.range.start, one.range.stop, split.parts[one])

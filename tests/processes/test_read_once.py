@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dscheck import Checkpointer
 from dscheck.errors import CorruptCheckpointError, RankFailureError
-from dscheck.load import share
+from dscheck.load import near, share
 from dscheck.storage import LocalStorage
 from dscheck.testing import Faulty
 from tests.processes.pool import Job
@@ -32,14 +32,22 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     return state | {f"small{i}": torch.randn(3 + i, 5, generator=generator) for i in range(SMALL)}
 
 
-def replicas(rank: int, root: str, wrapped: bool) -> Any:
-    """Load as one of many replicas; what the storage was asked for, and the report."""
-    share.PIECE_BYTES = 256 << 10  # many pieces and several rounds, as a large state has them
+def many_rounds(rank: int, far: bool) -> None:
+    """As a large state has them; `far`: as if each rank had a host of its own."""
+    share.PIECE_BYTES = 256 << 10
     share.RECEIVED_BYTES_A_ROUND = 4 << 20
+    if far:
+        near._host = lambda: [str(rank)]
+
+
+def replicas(rank: int, root: str, wrapped: bool, far: bool) -> Any:
+    """Load as one of many replicas; what the storage was asked for, and the report."""
+    many_rounds(rank, far)
     live = weights(1000 + rank)
+    live["half"] = live["half"].double()
     storage = Faulty(LocalStorage(root))
     with Checkpointer(storage if wrapped else root, {"w": live}, timeout_s=60.0, rng=False) as ckpt:
-        assert ckpt.load() == 1
+        assert ckpt.load(convert_dtype=True) == 1
         report = ckpt.loaded
     assert report is not None
     expected = weights(1)
@@ -56,9 +64,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.parametrize("far", [True, False], ids=["over the group", "through shared memory"])
 @pytest.mark.parametrize("wrapped", [True, False], ids=["counting storage", "local files"])
-def test_eight_replicas_read_what_they_want_once(root: Path, wrapped: bool, tmp_path: Path) -> None:
-    found = Job(tmp_path / "job", 8, replicas, str(root), wrapped).results()
+def test_eight_replicas_read_what_they_want_once(root: Path, wrapped: bool, far: bool, tmp_path: Path) -> None:
+    found = Job(tmp_path / "job", 8, replicas, str(root), wrapped, far).results()
     wanted = sum(tensor.nbytes for tensor in weights(1).values())
     for _, report in found:
         assert report.bytes == wanted
@@ -108,8 +117,7 @@ def test_a_reshard_to_columns_reads_each_block_once(root: Path, tmp_path: Path) 
 
 
 def damaged(rank: int, root: str) -> Any:
-    share.PIECE_BYTES = 1 << 20
-    share.RECEIVED_BYTES_A_ROUND = 4 << 20
+    many_rounds(rank, far=False)
     live = weights(1000 + rank)
     with Checkpointer(root, {"w": live}, timeout_s=60.0, rng=False) as ckpt:
         try:
@@ -139,8 +147,7 @@ def test_a_block_that_one_rank_finds_damaged_ends_the_load_on_all(root: Path, tm
 
 
 def killed(rank: int, root: str, agreed: bool) -> Any:
-    share.PIECE_BYTES = 1 << 20
-    share.RECEIVED_BYTES_A_ROUND = 4 << 20
+    many_rounds(rank, far=True)
     live = weights(1000 + rank)
     with Checkpointer(root, {"w": live}, timeout_s=5.0, rng=False) as ckpt:
         exchange = ckpt._ranks.exchange
