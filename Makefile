@@ -10,7 +10,7 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench sanitize native-plain native-address native-thread clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.demo
@@ -34,11 +34,21 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks
 
+# The tests of the native core, plainly and under sanitizers: with CMake and a compiler, without Python or a GPU.
+sanitize: native-plain native-address native-thread
+
+native-address: SANITIZE := address,undefined
+native-thread: SANITIZE := thread
+native-plain native-address native-thread:
+	cmake -S . -B build/$@ -DDSCHECK_TESTS=ON -DDSCHECK_SANITIZE=$(SANITIZE) -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/$@ --parallel
+	ctest --test-dir build/$@ --output-on-failure
+
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 
 # Editable: Python files are read in place, so only the build's own inputs make it stale.
-$(READY): pyproject.toml constraints.txt $(NATIVE)
+$(READY): pyproject.toml constraints.txt $(filter-out csrc/tests/%,$(NATIVE))
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q -e '.[test,dev]'
 	touch $@

@@ -15,7 +15,7 @@ void prefetch_sample(const std::byte* data, std::size_t bytes) noexcept {
 
 void take_sample(const std::byte* data, std::size_t bytes, std::byte* out) noexcept {
   if (bytes <= kSampleBytes) {
-    std::memcpy(out, data, bytes);
+    if (bytes > 0) std::memcpy(out, data, bytes);
     std::memset(out + bytes, 0, kSampleBytes - bytes);
     return;
   }

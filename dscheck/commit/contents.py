@@ -65,11 +65,6 @@ class Contents:
         """What every rank reads to know where anything lies: the plan's head, and the table of files."""
         return self.record.plan.size + self.record.files.size
 
-    @property
-    def index_bytes(self) -> int:
-        """What was read so far to know where the bytes of the tensors lie."""
-        return self.plan.bytes_read + self.record.files.size
-
     def key(self, rank: int) -> str:
         """The data file of one saved rank."""
         return data_key(self.record.step, self.record.term, rank)

@@ -95,6 +95,10 @@ class Memory:
     def is_like(self, other: Memory) -> bool:
         """Whether both are as many tensors of equal shapes, dtypes, devices and strides, in this order."""
 
+DROPPED: int
+"""As the place of a piece: it is not in the file."""
+KEPT: int
+"""It is not written by native threads: await_run() hands it on."""
 HOST: int
 FROZEN: int
 VOLATILE: int
@@ -145,7 +149,7 @@ class Copier:
     usable: int
     page_locked: bool
     prepared_s: float
-    def __init__(self, host_threads: int, device_budget: int | None) -> None: ...
+    def __init__(self, host_threads: int, io_threads: int, device_budget: int | None) -> None: ...
     def prepare(self, host_bytes: int, devices: list[int], spill_bytes: int) -> None: ...
     def take(
         self,
@@ -164,13 +168,30 @@ class Copier:
     def await_run(self, capture: NativeCapture, first: int, stop: int, deadline_s: float) -> int: ...
     def free_run(self, capture: NativeCapture, first: int, count: int) -> None: ...
     def release(self, capture: NativeCapture, deadline_s: float) -> bool: ...
+    def write(
+        self,
+        capture: NativeCapture,
+        file: int,
+        direct: bool,
+        slice_bytes: int,
+        room: int,
+        pieces: NDArray[np.uint64],
+        smalls: NDArray[np.uint64],
+        piece_blocks: NDArray[np.uint64],
+        small_blocks: NDArray[np.uint64],
+    ) -> int:
+        """Begin to write everything to `file`, a descriptor, at the byte offsets `pieces` and `smalls`, and free each
+        piece. 0, or the errno of what refused the first `room` bytes of the file their place on the disk.
+        """
+    def await_written(self, capture: NativeCapture, deadline_s: float) -> tuple[bool, int]:
+        """Whether all is written; if not, the errno of a write, or 0 when the capture failed or it is too late."""
     def run(self, capture: NativeCapture, first: int, count: int) -> NDArray[np.uint8]: ...
     def slab(self, capture: NativeCapture, offset: int, nbytes: int) -> NDArray[np.uint8]: ...
     def failure(self, capture: NativeCapture) -> str: ...
     def torn(self, capture: NativeCapture) -> int | None: ...
     def pending(self, capture: NativeCapture) -> int | None: ...
     def hurry(self) -> None: ...
-    def has_room(self, nbytes: int) -> bool: ...
+    def has_room(self, nbytes: int, longest: int) -> bool: ...
     def rate_and_window(self, device: int) -> tuple[float, float]: ...
     def spill_bytes(self, device: int) -> int: ...
 
@@ -186,11 +207,60 @@ def matches(capture: NativeCapture, index: int, data: NDArray[np.uint8]) -> bool
 def checksums(capture: NativeCapture, first: int, count: int) -> bytes:
     """The CRC32Cs (native uint32) of the blocks of `count` pieces that await_run() has seen."""
 
-def times(capture: NativeCapture) -> list[tuple[int, bool, int, float, float]]:
-    """Of each piece: device, whether it was spilled, bytes, and when its copy began and ended (0: not yet)."""
+def collect(capture: NativeCapture, blocks: NDArray[np.uint32]) -> None:
+    """Fill in the CRC32Cs of the blocks of the file that Copier.write() has written."""
+
+def times(capture: NativeCapture) -> list[tuple[int, bool, int, float, float, float, float]]:
+    """Of each piece: device, whether it was spilled, bytes, when its copy began and ended, and its write (0: not
+    yet).
+    """
 
 def sample(data: NDArray[np.uint8]) -> bytes:
     """256 bytes of `data`: the first 64, 32 inner words of 4, the last 64; zeros behind what is shorter."""
 
 def has_cuda_driver() -> bool:
     """Whether a CUDA driver and a device were found."""
+
+Blocks = tuple[int, int, NDArray[np.uint32]]
+"""Offset in the read, bytes, and the CRC32C of each block."""
+
+Copy = tuple[int, int, int, list[tuple[int, int, int]]]
+"""Offset of the first element in the read, address of the target, bytes of an element, and for each dimension its
+length and the steps in the read and in the target, in bytes.
+"""
+
+class File:
+    """An open file, by descriptors of its own: the caller may close `fd`. Raises RuntimeError in the system's words."""
+
+    def __init__(self, fd: int) -> None: ...
+
+class NativeReader:
+    """Native threads that read files past the page cache, verify blocks, and copy boxes: csrc/core/reader.h says all.
+
+    Deadlines are seconds of time.monotonic(). `device`: the CUDA device that the buffers are page-locked for, or -1.
+    A read without a file is filled by the caller. Targets of copies must stay alive until `stop` has returned. Raises
+    RuntimeError, MemoryError, and ValueError for blocks and copies outside of their read.
+    """
+
+    def __init__(self, threads: int, buffers: int, buffer_bytes: int, block_bytes: int, device: int) -> None: ...
+    def add(
+        self, file: File | None, start: int, nbytes: int, blocks: Sequence[Blocks], copies: Sequence[Copy], kept: bool
+    ) -> int: ...
+    def finished(self, deadline_s: float) -> int | None: ...
+    def fault(self) -> tuple[int, int, int, tuple[int, int] | None] | None:
+        """The read that failed, where in its file, an errno (0: the file ends there), and for a damaged block the
+        CRC32C stored and found.
+        """
+
+    def buffer(self, read: int) -> NDArray[np.uint8]: ...
+    def release(self, read: int) -> None: ...
+    def next_to_fill(self, deadline_s: float) -> int | None: ...
+    def filled(self, read: int) -> None: ...
+    def stop(self) -> None: ...
+
+def place(
+    data: NDArray[np.uint8], block_bytes: int, blocks: Sequence[Blocks], copies: Sequence[Copy]
+) -> tuple[int, int, int] | None:
+    """Verify and copy `data` as a Reader does. The offset of the first damaged block, its CRC32C stored and found: then
+    nothing was copied. Raises ValueError for blocks and copies outside of `data`.
+    """

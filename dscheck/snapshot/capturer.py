@@ -18,14 +18,16 @@ from dscheck.snapshot.plan import UNOWNED, CapturePlan, Source
 class Capturer:
     """Takes captures. Everything is ready ahead of time where `prepare` was called; else the first one waits for it.
 
-    The host region holds what one capture takes, or `host_memory_bytes`, whatever is less, and grows up to that budget
-    when several captures are under way. All methods are for the training thread but `close`.
+    The host region holds what two captures take, or `host_memory_bytes`, whatever is less, and grows up to that budget
+    when more of them are under way. All methods are for the training thread but `close`.
     """
 
     def __init__(self, settings: Settings, steps: Callable[[Any], int]) -> None:
         self._settings, self._steps = settings, steps
         device_budget = settings.device_memory_bytes
-        self._copier = Copier(settings.copy_threads, None if device_budget == "auto" else device_budget)
+        self._copier = Copier(
+            settings.copy_threads, settings.io_threads, None if device_budget == "auto" else device_budget
+        )
         self._spill = device_budget != 0
         self._prepared: CapturePlan | None = None
         self._sized = False
@@ -60,13 +62,13 @@ class Capturer:
 
     def room(self, plan: CapturePlan) -> bool:
         """Whether all pieces would find their place now, with no wait for earlier captures to be written."""
-        if self._copier.has_room(plan.region_bytes):
+        if self._copier.has_room(plan.region_bytes, plan.longest):
             return True
         if self._copier.asked + plan.region_bytes <= self._budget(plan):
             self._copier.prepare(self._copier.asked + plan.region_bytes, plan.devices, 0)
             return True
         # Less than one capture's size: it passes through, and never fits whole.
-        if plan.region_bytes > self._budget(plan) and self._copier.has_room(0):
+        if plan.region_bytes > self._budget(plan) and self._copier.has_room(0, 0):
             return True
         self._copier.hurry()
         return False
@@ -113,7 +115,7 @@ class Capturer:
         return plan.region_bytes if budget == "auto" else budget
 
     def _share(self, plan: CapturePlan) -> int:
-        return min(plan.region_bytes, self._budget(plan))
+        return min(2 * plan.region_bytes + plan.longest, self._budget(plan))
 
     def _window(self, plan: CapturePlan) -> float:
         """Seconds that a lazy capture has before the first fence; 0: not known yet."""

@@ -78,7 +78,7 @@ class LocalStorage:
             return _FileWriter(self, key, path, os.open(path, _CREATE, 0o666))
 
     def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
-        with self._opened(key) as (fd, size):
+        with self.open_local(key) as (fd, size):
             check_range(self.url, key, offset, length, size)
             stop = size if length is None else offset + length
             pieces = []
@@ -90,13 +90,30 @@ class LocalStorage:
         return b"".join(pieces)
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
-        with self._opened(key) as (fd, size):
+        with self.open_local(key) as (fd, size):
             stop = offset + buffer.nbytes
             check_range(self.url, key, offset, buffer.nbytes, size)
             while offset < stop:
                 count = os.preadv(fd, [buffer[offset - stop :]], offset)
                 self._check_progress(key, offset, stop, count)
                 offset += count
+
+    @contextmanager
+    def open_local(self, key: str) -> Iterator[tuple[int, int]]:
+        """The file of `key`, open for reading, and its size in bytes."""
+        path = self._path(key)
+        with self._reporting("read", key):
+            try:
+                fd = os.open(path, _READ)
+            except FileNotFoundError as error:
+                raise CheckpointNotFoundError(f"there is no '{path}'", url=self.url, key=key) from error
+            try:
+                info = os.fstat(fd)
+                if not stat.S_ISREG(info.st_mode):
+                    raise OSError(errno.EINVAL, "it is not a regular file")
+                yield fd, info.st_size
+            finally:
+                os.close(fd)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         check_prefix(self.url, prefix)
@@ -128,23 +145,6 @@ class LocalStorage:
         return path
 
     @contextmanager
-    def _opened(self, key: str) -> Iterator[tuple[int, int]]:
-        """The file of `key`, open for reading, and its size in bytes."""
-        path = self._path(key)
-        with self._reporting("read", key):
-            try:
-                fd = os.open(path, _READ)
-            except FileNotFoundError as error:
-                raise CheckpointNotFoundError(f"there is no '{path}'", url=self.url, key=key) from error
-            try:
-                info = os.fstat(fd)
-                if not stat.S_ISREG(info.st_mode):
-                    raise OSError(errno.EINVAL, "it is not a regular file")
-                yield fd, info.st_size
-            finally:
-                os.close(fd)
-
-    @contextmanager
     def _reporting(self, doing: str, key: str) -> Iterator[None]:
         """An OSError inside is raised as a StorageError that says what failed, where, why and what to do."""
         try:
@@ -172,6 +172,13 @@ class _FileWriter:
     def write(self, data: Buffer) -> None:
         with self._final("write to") as fd:
             self._size += write_all(fd, memoryview(data))
+        self._usable = True
+
+    @contextmanager
+    def reserved(self, nbytes: int) -> Iterator[int]:
+        with self._final("write to") as fd:
+            yield fd
+            self._size = os.lseek(fd, nbytes, os.SEEK_SET)
         self._usable = True
 
     def commit(self) -> int:
@@ -224,11 +231,14 @@ class _FileWriter:
             return False
 
 
-def write_all(fd: int, data: memoryview) -> int:
-    """All bytes of `data` (contiguous) are written, in as many calls as it takes; their number. Raises OSError."""
+def write_all(fd: int, data: memoryview, offset: int | None = None) -> int:
+    """All bytes of `data` (contiguous) are written, in as many calls as it takes, where the file stands or at `offset`;
+    their number. Raises OSError.
+    """
     rest = data.cast("B") if data.nbytes else memoryview(b"")
     while rest:
-        count = os.write(fd, rest)
+        done = data.nbytes - len(rest)
+        count = os.write(fd, rest) if offset is None else os.pwrite(fd, rest, offset + done)
         if count <= 0:
             raise OSError(errno.EIO, f"the last {len(rest)} of {data.nbytes} bytes could not be written")
         rest = rest[count:]
