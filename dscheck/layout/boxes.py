@@ -111,7 +111,7 @@ class Boxes:
     @property
     def ndim(self) -> Ints:
         """The number of dimensions of each box."""
-        return np.diff(self.at)
+        return self.at[1:] - self.at[:-1]
 
     def region(self, row: int) -> Region:
         begin, end = int(self.at[row]), int(self.at[row + 1])
@@ -129,15 +129,24 @@ class Boxes:
 
     def take(self, rows: Ints) -> Boxes:
         """These boxes, in this order."""
-        count = self.ndim[rows]
+        count = self.at[rows + 1] - self.at[rows]
         items = spans(self.at[rows], count)
         at = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(count, out=at[1:])
         return Boxes(at, self.start[items], self.stop[items])
 
+    def overlapping(self, wanted: Region) -> Ints:
+        """The rows that share an element with `wanted`, which is not empty; all have as many dimensions."""
+        start, stop = self.matrices(wanted.ndim)
+        hit = np.ones(len(self), np.bool_)
+        # NumPy is slow along short axes.
+        for dim, (first, end) in enumerate(zip(wanted.start, wanted.stop, strict=True)):
+            hit &= (start[:, dim] < end) & (stop[:, dim] > first)
+        return np.flatnonzero(hit)
+
     def matrices(self, ndim: int) -> tuple[Ints, Ints]:
         """Starts and stops, each of shape [boxes, ndim]; a box of fewer dimensions has [0:1] behind its own."""
-        if len(self.start) == len(self) * ndim and (self.ndim == ndim).all():
+        if len(self.start) == len(self) * ndim and (self.at[1:] - self.at[:-1] == ndim).all():
             return self.start.reshape(len(self), ndim), self.stop.reshape(len(self), ndim)
         own = np.arange(ndim) < self.ndim[:, None]
         start, stop = np.zeros(own.shape, np.int64), np.ones(own.shape, np.int64)

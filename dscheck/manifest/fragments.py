@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
@@ -126,12 +126,11 @@ class Fragments(Sequence[Fragment]):
         begin, end = self.rows_of(tensor)
         if begin == end or not wanted.numel:
             return self[:0]
-        start, stop = self.boxes.part(begin, end).matrices(wanted.ndim)
-        hit = ((start < np.array(wanted.stop)) & (stop > np.array(wanted.start))).all(axis=1)
-        return self.take(begin + np.flatnonzero(hit))
+        boxes = self.boxes if end - begin == len(self) else self.boxes.part(begin, end)
+        return self.take(begin + boxes.overlapping(wanted))
 
     def _numbers(self) -> list[NDArray[Any]]:
-        return [getattr(self, field.name) for field in fields(self) if field.name != "boxes"]
+        return [self.tensor, self.writer, self.offset, self.nbytes, self.first_block, self.holders]
 
     def _each(self, boxes: Boxes, rows: slice | Ints) -> Fragments:
         tensor, *others = (column[rows] for column in self._numbers())

@@ -54,9 +54,8 @@ class Directory:
         begin, end = int(np.searchsorted(self.last, tensor)), int(np.searchsorted(self.first, tensor, side="right"))
         if end - begin < 2 or wanted is None:
             return list(range(begin, end))
-        start, stop = self.hulls.part(begin, end).matrices(wanted.ndim)
-        hit = ((start < np.array(wanted.stop)) & (stop > np.array(wanted.start))).all(axis=1)
-        return (begin + np.flatnonzero(hit)).tolist()
+        found: list[int] = (begin + self.hulls.part(begin, end).overlapping(wanted)).tolist()
+        return found
 
     def validate(self, shapes: Sequence[Sequence[int]]) -> None:
         """Raises LayoutError unless batches follow each other and agree with the tensors' shapes."""

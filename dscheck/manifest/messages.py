@@ -23,10 +23,10 @@ _ZSTD = 1
 _V5, _SCHEMA, _RECORD_BATCH = 4, 1, 3
 _TYPES = {"int": 2, "utf8": 5, "list": 12, "bytes": 15}
 PADDING = 64
+_LAYOUTS = {code: struct.Struct(code) for code in ("<b", "<B", "<h", "<H", "<i", "<I", "<q")}
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """One column without nulls: signed integers or byte strings of `width` bytes, UTF-8 text, or lists of `item`."""
 
     name: str
@@ -141,9 +141,10 @@ class _Table:
 
 
 def _read(data: memoryview, at: int, code: str) -> int:
-    if not 0 <= at <= len(data) - struct.calcsize(code):
+    layout = _LAYOUTS[code]
+    if not 0 <= at <= len(data) - layout.size:
         raise ValueError("a message points outside itself")
-    number: int = struct.unpack_from(code, data, at)[0]
+    number: int = layout.unpack_from(data, at)[0]
     return number
 
 
@@ -259,7 +260,8 @@ def _packed_buffers(batch: _Table, body: memoryview, columns: Sequence[Column]) 
     """The rows of a compressed batch, and its buffers, whose lengths once decoded are those that the rows ask for."""
     if batch.has(4) or not batch.has(3):
         raise ValueError("a batch that is not compressed")
-    if (batch.table(3).number(0, "<b"), batch.table(3).number(1, "<b")) != (_ZSTD, 0):
+    compression = batch.table(3)
+    if (compression.number(0, "<b"), compression.number(1, "<b")) != (_ZSTD, 0):
         raise ValueError("a batch that is not compressed by zstd, buffer by buffer")
     rows, nodes, buffers = batch.number(0, "<q"), list(batch.pairs(1)), list(batch.pairs(2))
     if not 0 <= rows <= MAX_ROWS:

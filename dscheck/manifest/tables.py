@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import chain, pairwise
@@ -15,6 +16,9 @@ from numpy.typing import DTypeLike, NDArray
 from dscheck.errors import LayoutError
 from dscheck.layout.boxes import Ints
 from dscheck.manifest.messages import MAX_ROWS, PADDING, Column, Packed, walk, walk_packed
+
+LITTLE: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<i8")}
+_OF_THREAD = threading.local()
 
 
 def ints(values: list[int], dtype: DTypeLike) -> pa.Array:
@@ -110,13 +114,13 @@ def read_packed(data: bytes, table: str, columns: Sequence[Column], rows: int) -
     if found_rows != rows:
         raise ValueError(f"a batch of {found_rows} rows, {rows} expected")
     _check_metadata(message, table, tuple(columns))
-    buffers, zstd = iter(packed), zstandard.ZstdDecompressor()
+    buffers, zstd = iter(packed), _zstd()
 
     def numbers(column: Column, count: int, width: int) -> NDArray[Any]:
         raw = _decoded(next(buffers), zstd)
         if not count * width <= len(raw) < count * width + PADDING:
             raise ValueError(f"column '{column.name}' has {len(raw)} bytes for {count} items")
-        return np.frombuffer(raw, f"<i{width}", count)
+        return np.frombuffer(raw, LITTLE[width], count)
 
     found: list[tuple[NDArray[Any], ...]] = []
     for column in columns:
@@ -125,10 +129,18 @@ def read_packed(data: bytes, table: str, columns: Sequence[Column], rows: int) -
             found.append((numbers(column, rows, column.width),))
             continue
         at = numbers(column, rows + 1, 4)
-        if at[0] or (np.diff(at) < 0).any():
+        if at[0] or (at[1:] < at[:-1]).any():
             raise ValueError(f"column '{column.name}' has offsets that do not ascend from 0")
         next(buffers)
         found.append((at, numbers(column, int(at[-1]), column.item.width)))
+    return found
+
+
+def _zstd() -> zstandard.ZstdDecompressor:
+    """One for each thread: to make one takes as long as to decode a buffer."""
+    if not hasattr(_OF_THREAD, "zstd"):
+        _OF_THREAD.zstd = zstandard.ZstdDecompressor()
+    found: zstandard.ZstdDecompressor = _OF_THREAD.zstd
     return found
 
 
