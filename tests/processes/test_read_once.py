@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,27 @@ def test_a_block_that_one_rank_finds_damaged_ends_the_load_on_all(root: Path, tm
             assert isinstance(error, RankFailureError)
             assert error.ranks == (reader,)  # type: ignore[attr-defined]
             assert "crc32c" in str(error)
+
+
+def hanging(rank: int, root: str) -> Any:
+    many_rounds(rank, far=True)
+    with Checkpointer(root, {"w": weights(1000 + rank)}, timeout_s=4.0, rng=False) as ckpt:
+        assert ckpt._wire is not None
+        if rank == 2:
+            ckpt._wire.gather = lambda *args: time.sleep(6.0)  # type: ignore[method-assign, assignment, return-value]
+        try:
+            ckpt.load()
+        except Exception as error:
+            return type(error).__name__, str(error)
+    return None
+
+
+def test_nobody_waits_in_the_group_beyond_the_deadline(root: Path, tmp_path: Path) -> None:
+    ended = Job(tmp_path / "job", 4, hanging, str(root)).join(40.0)
+    for rank in (0, 1, 3):
+        name, message = ended[rank].value
+        assert name == "DeadlineError"
+        assert "over the process group until the deadline" in message
 
 
 def killed(rank: int, root: str, agreed: bool) -> Any:
