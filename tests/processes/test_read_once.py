@@ -83,7 +83,7 @@ def test_eight_replicas_read_what_they_want_once(root: Path, wrapped: bool, far:
 
 
 def columns(rank: int, root: str) -> Any:
-    """Load matrices that were saved whole by columns."""
+    """Load matrices that were saved whole by columns: every rank wants a part of every block (TRAPS 34)."""
     share.PIECE_BYTES = 1 << 20
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     expected = weights(1)
@@ -129,6 +129,7 @@ def damaged(rank: int, root: str) -> Any:
 
 
 def test_a_block_that_one_rank_finds_damaged_ends_the_load_on_all(root: Path, tmp_path: Path) -> None:
+    """Of C6: by the name of the rank and with its reason, and nobody waits for a deadline."""
     contents = newest(root)
     path = root / contents.key(0)
     fragment = next(f for f in contents.plan.fragments if f.nbytes > 4 << 20)
