@@ -115,7 +115,7 @@ class Loader:
                 "loaded; load with strict=False to leave them out, or into the state that was saved"
             )
         self._clock("plan")
-        self._next = "shared"
+        self._next = "done" if self._wire is None else "shared"
         parts = self._act(lambda: split(prepared.contents, prepared.needs, self._wire, self._deadline))
         if self._wire is not None:
             self._exchange("shared", Ok(), _nothing)
