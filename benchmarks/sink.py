@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dscheck.errors import StorageError
@@ -31,6 +33,15 @@ class _SinkWriter:
 
     def write(self, data: Buffer) -> None:
         self._length += memoryview(data).nbytes
+
+    @contextmanager
+    def reserved(self, nbytes: int) -> Iterator[int]:
+        fd = os.open(os.devnull, os.O_WRONLY)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+        self._length = nbytes
 
     def commit(self) -> int:
         os.makedirs(os.path.dirname(self._path), exist_ok=True)

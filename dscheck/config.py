@@ -29,6 +29,9 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "host_memory_bytes": (int, str),
     "device_memory_bytes": (int, str),
     "copy_threads": (int,),
+    "io_threads": (int,),
+    "io_bytes_in_flight": (int,),
+    "direct_io": (bool,),
     "trace": (str, type(None)),
     "check_capture": (bool,),
     "store_host": (str, type(None)),
@@ -54,6 +57,9 @@ class Settings:
     device_memory_bytes: most device memory for what the host cannot take in time; "auto": what is free, less a reserve;
     0: none.
     copy_threads: threads that copy host tensors and compute checksums.
+    io_threads: threads of one rank that write files.
+    io_bytes_in_flight: most bytes that the ranks of one node have given to the kernel to write at a time.
+    direct_io: write files past the page cache where kernel and file system allow it.
     trace: folder for one Chrome/Perfetto trace a save and rank, `trace-<step>-rank<rank>.json`; None: no traces.
     check_capture: hash everything inside `save()` and compare what is stored with it: slow, for debugging.
     store_host, store_port: where rank 0 opens the store the ranks talk through; None and 0 choose by themselves.
@@ -71,6 +77,9 @@ class Settings:
     host_memory_bytes: int | Auto = "auto"
     device_memory_bytes: int | Auto = "auto"
     copy_threads: int = 4
+    io_threads: int = 4
+    io_bytes_in_flight: int = 256 * MIB
+    direct_io: bool = True
     trace: str | None = None
     check_capture: bool = False
     store_host: str | None = None
@@ -88,10 +97,10 @@ class Settings:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {get_args(choices)}")
         if not 4096 <= self.block_bytes <= 64 * MIB or self.block_bytes & (self.block_bytes - 1):
             raise ConfigError(f"block_bytes={self.block_bytes!r}: expected a power of two from 4096 to {64 * MIB}")
-        for name, least in (("piece_bytes", 4096), ("read_threads", 1), ("copy_threads", 1)):
+        for name, least in (("piece_bytes", 4096), ("read_threads", 1), ("copy_threads", 1), ("io_threads", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected at least {least}")
-        for name, least in (("host_memory_bytes", 1), ("device_memory_bytes", 0)):
+        for name, least in (("host_memory_bytes", 1), ("device_memory_bytes", 0), ("io_bytes_in_flight", 1)):
             _check_budget(name, getattr(self, name), least)
         if self.trace == "":
             raise ConfigError("trace='': expected the path of a folder, or None")

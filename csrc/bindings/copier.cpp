@@ -76,13 +76,14 @@ std::shared_ptr<CaptureShape> make_shape(
 }
 
 // A forked process (a data loader's worker) that drops it has none of the threads to join: there it stays as it is.
-std::shared_ptr<Copier> make_copier(std::size_t host_threads, std::optional<std::size_t> device_budget) {
+std::shared_ptr<Copier> make_copier(std::size_t host_threads, std::size_t io_threads,
+                                    std::optional<std::size_t> device_budget) {
   const auto drop = [owner = getpid()](Copier* copier) {
     if (getpid() != owner) return;
     const nb::gil_scoped_release released;  // it waits for its threads and devices, and gives gigabytes back
     delete copier;
   };
-  return {new Copier({host_threads, device_budget.value_or(Spill::kAuto)}), drop};
+  return {new Copier({host_threads, io_threads, device_budget.value_or(Spill::kAuto)}), drop};
 }
 
 Handle take(Copier& copier, std::shared_ptr<CaptureShape> shape, const Array<std::uint64_t>& pieces,
@@ -135,6 +136,39 @@ nb::bytes checksums(const Handle& capture, std::size_t first, std::size_t count)
   return nb::bytes(capture->checksums.data() + begin, (end - begin) * sizeof(std::uint32_t));
 }
 
+std::vector<std::uint64_t> values(const Array<std::uint64_t>& array, std::size_t expected, const char* name) {
+  const auto found = span_of(array, expected, name);
+  return {found.begin(), found.end()};
+}
+
+// 0, or the errno of what refused room for the file.
+int write(Copier& copier, const Handle& capture, int file, bool direct, std::size_t slice_bytes, std::uint64_t room,
+          const Array<std::uint64_t>& pieces, const Array<std::uint64_t>& smalls,
+          const Array<std::uint64_t>& piece_blocks, const Array<std::uint64_t>& small_blocks) {
+  const CaptureShape& shape = *capture->shape;
+  auto output = std::make_shared<Output>();
+  output->file = std::make_unique<OutFile>(file, direct, slice_bytes);
+  output->pieces = values(pieces, shape.pieces.size(), "pieces");
+  output->smalls = values(smalls, shape.smalls.size(), "smalls");
+  output->piece_blocks = values(piece_blocks, shape.pieces.size(), "piece_blocks");
+  output->small_blocks = values(small_blocks, shape.smalls.size(), "small_blocks");
+  const nb::gil_scoped_release released;
+  if (const int error = output->file->reserve(room); error != 0) return error;
+  copier.write(*capture, std::move(output));
+  return 0;
+}
+
+// Whether all is written, and the errno of a write that failed, or 0.
+std::pair<bool, int> await_written(Copier& copier, const Handle& capture, double deadline_s) {
+  const nb::gil_scoped_release released;
+  const bool done = copier.await_written(*capture, at(deadline_s));
+  return {done, capture->output->error};
+}
+
+void collect(const Handle& capture, const nb::ndarray<std::uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& out) {
+  capture->collect({out.data(), out.size()});
+}
+
 Bytes slab(nb::handle self, const Handle& capture, std::size_t offset, std::size_t bytes) {
   if (offset + bytes > capture->shape->slab_bytes) throw nb::value_error("outside the slab");
   return view(self, capture->slab.data + offset, bytes);
@@ -158,11 +192,13 @@ bool matches(const Handle& capture, std::size_t index, const Array<std::uint8_t>
   return sum == hash_words(reinterpret_cast<const std::byte*>(data.data()), data.size());
 }
 
-using Time = std::tuple<std::int32_t, bool, std::uint64_t, double, double>;
+using Time = std::tuple<std::int32_t, bool, std::uint64_t, double, double, double, double>;
 
 std::vector<Time> times(const Handle& capture) {
   std::vector<Time> found;
-  for (const Piece& of : capture->pieces) found.emplace_back(of.device, of.spilled, of.bytes, of.began_s, of.ended_s);
+  for (const Piece& of : capture->pieces) {
+    found.emplace_back(of.device, of.spilled, of.bytes, of.began_s, of.ended_s, of.write_began_s, of.write_ended_s);
+  }
   return found;
 }
 
@@ -185,7 +221,7 @@ void bind_copier(nb::module_& module) {
       .def_ro("placed", &Capture::placed)
       .def_ro("stalled_s", &Capture::stalled_s);
   nb::class_<Copier>(module, "Copier")
-      .def(nb::new_(&make_copier), "host_threads"_a, "device_budget"_a.none())
+      .def(nb::new_(&make_copier), "host_threads"_a, "io_threads"_a, "device_budget"_a.none())
       .def("prepare", &Copier::prepare, "host_bytes"_a, "devices"_a, "spill_bytes"_a)
       .def("take", &take, "shape"_a, "pieces"_a, "owners"_a, "smalls"_a, "watched"_a, "streams"_a, "window_hint_s"_a)
       .def("fence", &fence, "capture"_a, "owner"_a, "streams"_a, "deadline_s"_a)
@@ -196,13 +232,16 @@ void bind_copier(nb::module_& module) {
       .def("await_run", &await_run, "capture"_a, "first"_a, "stop"_a, "deadline_s"_a)
       .def("free_run", [](Copier& copier, const Handle& capture, std::size_t first,
                           std::size_t count) { copier.free_run(*capture, first, count); })
+      .def("write", &write, "capture"_a, "file"_a, "direct"_a, "slice_bytes"_a, "room"_a, "pieces"_a, "smalls"_a,
+           "piece_blocks"_a, "small_blocks"_a)
+      .def("await_written", &await_written, "capture"_a, "deadline_s"_a)
       .def("run", &run, "capture"_a, "first"_a, "count"_a)
       .def("slab", &slab, "capture"_a, "offset"_a, "nbytes"_a)
       .def("failure", [](const Copier& copier, const Handle& capture) { return copier.failure(*capture); })
       .def("torn", [](const Copier& copier, const Handle& capture) { return copier.torn(*capture); })
       .def("pending", [](const Copier& copier, const Handle& capture) { return copier.pending(*capture); })
       .def("hurry", &Copier::hurry)
-      .def("has_room", &Copier::has_room, "nbytes"_a)
+      .def("has_room", &Copier::has_room, "nbytes"_a, "longest"_a)
       .def("rate_and_window", &Copier::rate_and_window, "device"_a)
       .def("spill_bytes", &Copier::spill_bytes, "device"_a)
       .def_prop_ro("asked", [](const Copier& copier) { return copier.region().asked(); })
@@ -214,9 +253,12 @@ void bind_copier(nb::module_& module) {
   module.def("matches", &matches);
   module.def("times", &times);
   module.def("checksums", &checksums);
+  module.def("collect", &collect, "capture"_a, "blocks"_a);
   module.def("sample", &sample, "data"_a);
   module.def("has_cuda_driver", [] { return cuda::driver() != nullptr; });
   module.attr("USABLE_WINDOW") = kUsableWindow;
+  module.attr("DROPPED") = Output::kDropped;
+  module.attr("KEPT") = Output::kKept;
   module.attr("HOST") = kHost;
   module.attr("FROZEN") = kFrozen;
   module.attr("VOLATILE") = kVolatile;

@@ -1,14 +1,17 @@
 // One capture: which pieces of live memory go to the host, how far each one is, and whether any has changed meanwhile.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "core/driver.h"
+#include "core/out_file.h"
 
 namespace dscheck {
 
@@ -37,6 +40,8 @@ struct CaptureShape {
   std::size_t block_bytes = 1;           // every piece is a multiple of it, or the end of a tensor
   std::vector<std::size_t> first_block;  // of each piece, among the checksums
   std::size_t blocks = 0;
+  std::vector<std::size_t> first_small_block;
+  std::size_t small_blocks = 0;
   std::size_t region_bytes = 0;  // where the last piece ends when an empty ring takes all of them
 
   std::size_t slab_bytes = 0;
@@ -63,10 +68,26 @@ struct Piece {
   std::int32_t device;
   std::int32_t owner;
   State state = State::kPending;
-  bool placed = false;   // has a slot in the region
-  bool spilled = false;  // `source` is ours
-  bool summed = false;   // its checksums are there
-  double began_s = 0, ended_s = 0;
+  bool placed = false;                          // has a slot in the region
+  bool spilled = false;                         // `source` is ours
+  bool summed = false;                          // its checksums are there
+  double began_s = 0, ended_s = 0;              // of the copy
+  double write_began_s = 0, write_ended_s = 0;  // to the file
+};
+
+// Where the pieces and small tensors of a capture lie in a file, and how much of them is there.
+struct Output {
+  static constexpr std::uint64_t kDropped = ~std::uint64_t{0};  // as an offset: not in the file
+  static constexpr std::uint64_t kKept = kDropped - 1;          // not in the file: left to await_run()
+
+  std::unique_ptr<OutFile> file;
+  std::vector<std::uint64_t> pieces, smalls;              // byte offsets
+  std::vector<std::uint64_t> piece_blocks, small_blocks;  // the first of each among the blocks of the file
+
+  std::vector<std::uint32_t> small_checksums;
+  std::size_t left = 0;  // pieces that still hold their room
+  int error = 0;         // errno of a write
+  std::atomic<bool> cancelled = false;
 };
 
 // An entry of the kernels' tables; csrc/cuda/kernels.cu has the same.
@@ -113,6 +134,7 @@ struct Capture : std::enable_shared_from_this<Capture> {
   std::uint32_t host_cursor = 0;
   std::uint32_t under_way = 0;  // copies and checksums that still touch memory
   std::vector<std::uint32_t> checksums;
+  std::shared_ptr<Output> output;     // once somebody writes it to a file
   std::string failure;                // why it is refused, or nothing
   std::optional<std::uint32_t> torn;  // the first piece that was seen to have changed
   bool released = false;
@@ -122,6 +144,9 @@ struct Capture : std::enable_shared_from_this<Capture> {
 
   bool failed() const noexcept { return !failure.empty() || torn.has_value(); }
   std::byte* sample(std::size_t at, std::size_t index) const noexcept;
+
+  // The checksums of all that is in the output's file, in the order of its blocks.
+  void collect(std::span<std::uint32_t> blocks) const noexcept;
 };
 
 }  // namespace dscheck

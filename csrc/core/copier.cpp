@@ -16,10 +16,11 @@ namespace dscheck {
 namespace {
 
 constexpr unsigned kPortableMapped = 1 | 2;
-constexpr std::size_t kAhead = 4;                           // samples whose cache lines are on the way
-constexpr std::size_t kAtOnceBytes = std::size_t{1} << 20;  // copied by a fence that may not wait
-constexpr std::size_t kRunBytes = std::size_t{256} << 20;   // consumed at once, at most
-constexpr unsigned kSpillRows = 8;                          // blocks of threads a piece
+constexpr std::size_t kAhead = 4;                                            // samples whose cache lines are on the way
+constexpr std::size_t kAtOnceBytes = std::size_t{1} << 20;                   // copied by a fence that may not wait
+constexpr std::size_t kRunBytes = std::size_t{256} << 20;                    // consumed at once, at most
+constexpr unsigned kSpillRows = 8;                                           // blocks of threads a piece
+constexpr std::size_t kJoinedGap = 64, kJoinedBytes = std::size_t{4} << 20;  // of small tensors in one write
 constexpr int kNice = 5;
 constexpr double kGrowth = 1.1;  // of the window from save to save: one that something else made long is no measure
 
@@ -43,7 +44,6 @@ Copier::Copier(const CopierSettings& settings)
         const std::lock_guard lock(mutex_);
         ring_.grow(region_.usable());
         place();
-        changed_.notify_all();
       }) {}
 
 Copier::~Copier() {
@@ -52,8 +52,9 @@ Copier::~Copier() {
     stop_ = true;
     for (const auto& capture : captures_) refuse(*capture, "the checkpointer was closed");
   }
-  changed_.notify_all();
+  wake_all();
   for (std::thread& thread : workers_) thread.join();
+  for (std::thread& thread : writers_) thread.join();
   for (const auto& lane : lanes_) lane->end();
   for (const auto& capture : captures_) {
     try {
@@ -85,7 +86,7 @@ void Copier::prepare(std::size_t host_bytes, const std::vector<std::int32_t>& de
   }
   lock.unlock();
   region_.prepare(host_bytes, context);
-  changed_.notify_all();
+  to_copy_.notify_all();  // lanes get spill memory
 }
 
 Lane& Copier::lane(std::int32_t device) {
@@ -142,7 +143,8 @@ std::shared_ptr<Capture> Copier::take(std::shared_ptr<const CaptureShape> shape,
     throw;
   }
   settle(*capture);
-  changed_.notify_all();
+  to_copy_.notify_all();
+  to_work_.notify_all();
   return capture;
 }
 
@@ -322,6 +324,7 @@ void Copier::launch_spill(Capture& capture, OnDevice& on, std::size_t first) {
 
 // Places in the region, for the pieces of all captures in the order in which they are consumed.
 void Copier::place() {
+  bool placed = false;
   for (const auto& capture : captures_) {
     while (capture->placed < capture->pieces.size() && !capture->failed()) {
       Piece& piece = capture->pieces[capture->placed];
@@ -331,13 +334,22 @@ void Copier::place() {
           refuse(*capture, "host memory: " + problem);
         if (ring_.empty() && ring_.capacity() >= region_.asked())
           refuse(*capture, "the region is too small for a piece");
-        return;
+        break;
       }
       piece.slot = *slot;
-      piece.placed = true;
+      piece.placed = placed = true;
       ++capture->placed;
     }
+    if (capture->placed < capture->pieces.size() && !capture->failed()) break;
   }
+  if (!placed) return;
+  to_copy_.notify_all();
+  to_work_.notify_all();
+  changed_.notify_all();  // a fence may wait for it
+}
+
+void Copier::wake_all() {
+  for (auto* const waiting : {&changed_, &ended_, &to_copy_, &to_work_, &to_put_}) waiting->notify_all();
 }
 
 Copier::Fenced Copier::fence(Capture& capture, std::int32_t owner, const Streams& streams, Clock::time_point deadline,
@@ -350,6 +362,7 @@ Copier::Fenced Copier::fence(Capture& capture, std::int32_t owner, const Streams
       changed_.wait_until(lock, deadline);
     }
     if (!capture.failed() && !capture.released) hold_back(capture, owner, streams);
+    to_copy_.notify_all();  // copies may be under way that nobody looks at
   } catch (const std::exception& error) {
     refuse(capture, error.what());
   }
@@ -449,12 +462,13 @@ void Copier::settle(Capture& capture) {
     if (!kept && !capture.torn) capture.torn = static_cast<std::uint32_t>(index);
   }
   capture.captured_s = now_s();
-  changed_.notify_all();
+  ended_.notify_all();
 }
 
 void Copier::refuse(Capture& capture, std::string reason) {
   if (capture.failure.empty()) capture.failure = reason.empty() ? "refused" : std::move(reason);
   changed_.notify_all();
+  ended_.notify_all();
 }
 
 void Copier::fail(Capture& capture, const std::string& reason) {
@@ -498,6 +512,7 @@ void Copier::note_copied(const std::shared_ptr<Capture>& capture, std::size_t in
   piece.state = State::kCopied;
   piece.ended_s = now_s();
   to_sum_.emplace_back(capture, index);
+  to_work_.notify_one();
   changed_.notify_all();
 }
 
@@ -515,6 +530,10 @@ void Copier::checksum(std::unique_lock<std::mutex>& lock) {
   lock.lock();
   piece.summed = true;
   --capture->under_way;
+  if (capture->output != nullptr && capture->output->pieces[index] != Output::kKept) {
+    to_write_.emplace_back(capture, index);
+    to_put_.notify_one();
+  }
   changed_.notify_all();
 }
 
@@ -528,21 +547,22 @@ void Copier::work() {
     } else if (!to_sum_.empty()) {
       checksum(lock);
     } else {
-      changed_.wait(lock);
+      to_work_.wait(lock);
     }
   }
 }
 
 bool Copier::wait(Capture& capture, Clock::time_point deadline) {
   std::unique_lock lock(mutex_);
-  return changed_.wait_until(lock, deadline, [&] { return capture.failed() || capture.captured_s != 0; });
+  return ended_.wait_until(lock, deadline, [&] { return capture.failed() || capture.captured_s != 0; });
 }
 
 std::size_t Copier::await_run(Capture& capture, std::size_t first, std::size_t stop, Clock::time_point deadline) {
   std::unique_lock lock(mutex_);
   const std::vector<Piece>& pieces = capture.pieces;
-  changed_.wait_until(lock, deadline, [&] { return capture.failed() || pieces[first].summed; });
-  if (capture.failed() || !pieces[first].summed) return 0;
+  const auto over = [&] { return capture.failed() || capture.released; };
+  changed_.wait_until(lock, deadline, [&] { return over() || pieces[first].summed; });
+  if (over() || !pieces[first].summed) return 0;
   std::size_t next = first + 1;
   const auto follows = [&](const Piece& piece, const Piece& last) {
     return piece.summed && piece.slot == last.slot + last.bytes &&
@@ -581,13 +601,111 @@ void Copier::free_run(Capture& capture, std::size_t first, std::size_t count) {
   changed_.notify_all();
 }
 
+void Copier::write(Capture& capture, std::shared_ptr<Output> output) {
+  const std::lock_guard lock(mutex_);
+  while (writers_.size() < std::max<std::size_t>(1, settings_.io_threads)) {
+    writers_.emplace_back(&Copier::write_work, this);
+  }
+  capture.output = std::move(output);
+  for (std::size_t index = 0; index < capture.pieces.size(); ++index) {
+    if (capture.output->pieces[index] == Output::kKept) continue;
+    ++capture.output->left;
+    if (capture.pieces[index].summed) to_write_.emplace_back(capture.shared_from_this(), index);
+  }
+  to_put_.notify_all();
+}
+
+void Copier::write_work() {
+  setpriority(PRIO_PROCESS, static_cast<id_t>(gettid()), kNice);
+  std::unique_lock lock(mutex_);
+  while (!stop_) {
+    if (!to_write_.empty()) {
+      write_piece(lock);
+    } else {
+      to_put_.wait(lock);
+    }
+  }
+}
+
+void Copier::write_piece(std::unique_lock<std::mutex>& lock) {
+  const auto [capture, index] = std::move(to_write_.front());
+  to_write_.pop_front();
+  const std::shared_ptr<Output> output = capture->output;
+  if (capture->failed() || capture->released || output->error != 0) return;
+  Piece& piece = capture->pieces[index];
+  if (const std::uint64_t offset = output->pieces[index]; offset != Output::kDropped) {
+    ++capture->under_way;
+    piece.write_began_s = now_s();
+    lock.unlock();
+    const int error = output->file->write({region_.data() + piece.slot, piece.bytes}, offset, output->cancelled);
+    lock.lock();
+    piece.write_ended_s = now_s();
+    --capture->under_way;
+    if (error != 0 && output->error == 0) output->error = error;
+    changed_.notify_all();
+    if (error != 0) ended_.notify_all();
+    if (error != 0 || capture->released) return;
+  }
+  piece.state = State::kGone;
+  ring_.free(piece.slot);
+  if (--output->left == 0) ended_.notify_all();
+  place();
+}
+
+bool Copier::await_written(Capture& capture, Clock::time_point deadline) {
+  const bool there = await_slab(capture, deadline);
+  std::unique_lock lock(mutex_);
+  const std::shared_ptr<Output> output = capture.output;
+  if (there && !capture.released && output->error == 0) {
+    ++capture.under_way;
+    lock.unlock();
+    const int error = write_smalls(capture, *output);
+    lock.lock();
+    --capture.under_way;
+    if (output->error == 0) output->error = error;
+    changed_.notify_all();
+  }
+  const auto ended = [&] { return capture.failed() || capture.released || output->error != 0 || output->left == 0; };
+  ended_.wait_until(lock, deadline, ended);
+  return there && !capture.failed() && output->error == 0 && output->left == 0;
+}
+
+// Those that lie next to each other in the file are joined, with the zeros between them.
+int Copier::write_smalls(const Capture& capture, Output& output) const {
+  const CaptureShape& shape = *capture.shape;
+  std::vector<std::byte> joined;
+  std::uint64_t begin = 0;
+  int error = 0;
+  const auto flush = [&] {
+    if (error == 0) error = output.file->write(joined, begin, output.cancelled);
+    joined.clear();
+  };
+  output.small_checksums.resize(shape.small_blocks);
+  for (std::size_t i = 0; i < shape.smalls.size(); ++i) {
+    const std::uint64_t offset = output.smalls[i], bytes = shape.smalls[i].bytes, end = begin + joined.size();
+    if (offset == Output::kDropped || bytes == 0) continue;
+    const std::span data(capture.slab.data + shape.targets[i], bytes);
+    crc32c_blocks(data, shape.block_bytes,
+                  {output.small_checksums.data() + shape.first_small_block[i], block_count(bytes, shape.block_bytes)});
+    if (offset < end || offset - end >= kJoinedGap || joined.size() + bytes > kJoinedBytes) flush();
+    if (joined.empty()) begin = offset;
+    joined.resize(offset - begin);
+    joined.insert(joined.end(), data.begin(), data.end());
+  }
+  flush();
+  return error;
+}
+
 bool Copier::release(Capture& capture, Clock::time_point deadline) {
   std::unique_lock lock(mutex_);
   if (capture.released) return true;
+  if (capture.output != nullptr) capture.output->cancelled = true;
   if (capture.captured_s == 0) refuse(capture, "it was given up");
   if (!changed_.wait_until(lock, deadline, [&capture] { return capture.under_way == 0; })) return false;
   if (capture.captured_s == 0 && !quiet(capture, lock, deadline)) return false;
   discard(capture);
+  const std::unique_ptr<OutFile> file = capture.output == nullptr ? nullptr : std::move(capture.output->file);
+  lock.unlock();  // to close a file that was deleted takes the time of all its bytes
   return true;
 }
 
@@ -621,7 +739,9 @@ void Copier::discard(Capture& capture) {
   }
   std::erase_if(captures_, [&capture](const auto& one) { return one.get() == &capture; });
   place();
-  changed_.notify_all();
+  to_copy_.notify_all();  // lanes may have spill memory to give back
+  changed_.notify_all();  // who still consumes it
+  ended_.notify_all();
   forget(capture);
 }
 
@@ -660,13 +780,14 @@ void Copier::hurry() {
   const std::lock_guard lock(mutex_);
   for (const auto& capture : captures_) capture->hurried = true;
   for (const auto& known : lanes_) known->due = {};
+  to_copy_.notify_all();
 }
 
-bool Copier::has_room(std::size_t bytes) const {
+bool Copier::has_room(std::size_t bytes, std::size_t longest) const {
   const std::lock_guard lock(mutex_);
   const bool placed = std::all_of(captures_.begin(), captures_.end(),
                                   [](const auto& one) { return one->placed == one->pieces.size(); });
-  return placed && ring_.held() + bytes <= region_.asked();
+  return placed && (ring_.empty() ? bytes <= region_.asked() : bytes + longest <= ring_.room(region_.asked()));
 }
 
 std::optional<std::size_t> Copier::pending(const Capture& capture) const {

@@ -36,7 +36,8 @@ struct Live {
 };
 
 struct CopierSettings {
-  std::size_t threads = 4;  // that copy host memory and compute checksums
+  std::size_t threads = 4;     // that copy host memory and compute checksums
+  std::size_t io_threads = 4;  // that write files
   std::size_t device_budget = Spill::kAuto;
 };
 
@@ -83,14 +84,23 @@ class Copier {
 
   void free_run(Capture& capture, std::size_t first, std::size_t count);
 
+  // The other way: threads write every piece to its place as soon as its checksums are there, and free its room. Once
+  // a capture, not after await_run() of a piece that goes there.
+  void write(Capture& capture, std::shared_ptr<Output> output);
+
+  // Writes the small tensors, and waits until all is written. False: the capture failed, a write did (its errno is in
+  // the output), or the deadline has passed.
+  bool await_written(Capture& capture, Clock::time_point deadline);
+
   // Nothing touches the capture's memory any more and its room is free; false when a copy does not end in time.
   bool release(Capture& capture, Clock::time_point deadline);
 
   // Somebody waits for room: what is under way is copied without pauses.
   void hurry();
 
-  // Whether the region, once it is ready, has as many bytes to give, gaps aside, and no capture waits for them.
-  bool has_room(std::size_t bytes) const;
+  // Whether the region, once it is ready, has places for `bytes` in pieces of at most `longest`, and no capture waits
+  // for them.
+  bool has_room(std::size_t bytes, std::size_t longest) const;
 
   // The first piece that is not captured yet, for messages.
   std::optional<std::size_t> pending(const Capture& capture) const;
@@ -115,6 +125,7 @@ class Copier {
   bool spill(Capture& capture, OnDevice& on, std::uint32_t index);
   void launch_spill(Capture& capture, OnDevice& on, std::size_t first);
   void place();
+  void wake_all();
   bool advance(Capture& capture, std::int32_t owner, bool may_wait, std::unique_lock<std::mutex>& lock);
   void hold_back(Capture& capture, std::int32_t owner, const Streams& streams);
   void seal(Capture& capture, OnDevice& on, std::int32_t owner, cuda::Stream stream);
@@ -126,20 +137,29 @@ class Copier {
   void note_copied(const std::shared_ptr<Capture>& capture, std::size_t index);
   void checksum(std::unique_lock<std::mutex>& lock);
   void work();
+  void write_piece(std::unique_lock<std::mutex>& lock);
+  void write_work();
+  int write_smalls(const Capture& capture, Output& output) const;
   bool quiet(const Capture& capture, std::unique_lock<std::mutex>& lock, Clock::time_point deadline);
   void discard(Capture& capture);
   void forget(Capture& capture);
 
   const CopierSettings settings_;
   mutable std::mutex mutex_;
-  std::condition_variable changed_;
+  // One each for those who wait for the same: a thousand pieces a save would else wake all threads each time.
+  std::condition_variable changed_;  // pieces are further; for the consumer, fences and release()
+  std::condition_variable ended_;    // a capture, or its output, is complete or has failed
+  std::condition_variable to_copy_;  // lanes have something to do, or to look at
+  std::condition_variable to_work_;  // host pieces have places, or checksums are due
+  std::condition_variable to_put_;   // pieces are due to be written
   bool stop_ = false;
   Ring ring_;
   std::deque<std::shared_ptr<Capture>> captures_;  // the oldest first
   std::vector<std::unique_ptr<Lane>> lanes_;
   std::vector<Slab> slabs_;
   std::deque<std::pair<std::shared_ptr<Capture>, std::size_t>> to_sum_;
-  std::vector<std::thread> workers_;
+  std::deque<std::pair<std::shared_ptr<Capture>, std::size_t>> to_write_;
+  std::vector<std::thread> workers_, writers_;
   Region region_;  // the first to go: its thread calls back until then
 };
 

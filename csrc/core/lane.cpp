@@ -204,7 +204,11 @@ std::optional<std::pair<std::shared_ptr<Capture>, std::uint32_t>> Lane::next() {
 
 // Seconds from the start of this copy to the start of the next, so that others get at the copy engine in between.
 double Lane::pause(const Capture& capture, const OnDevice& on, const Piece& piece) const {
-  if (capture.hurried || copier.captures_.back().get() != &capture) return 0;  // the next save waits
+  const auto pending = [&capture](const auto& other) {
+    return other.get() != &capture && !other->failed() && other->captured_s == 0;
+  };
+  // Who saves faster than the bus takes it waits for the bus in the end.
+  if (capture.hurried || std::any_of(copier.captures_.begin(), copier.captures_.end(), pending)) return 0;
   const double least = static_cast<double>(piece.bytes) / rate;
   if (piece.spilled) return least / kRelaxed;
   if (on.urgent || window_s == 0 || on.pace_bytes == 0) return 0;
@@ -311,9 +315,9 @@ void Lane::work() {
     }
     if (!idle) continue;
     if (waiting) {
-      copier.changed_.wait_for(lock, kPoll);
+      copier.to_copy_.wait_for(lock, kPoll);
     } else if (!copier.stop_) {  // which more_spill() may have missed
-      copier.changed_.wait(lock);
+      copier.to_copy_.wait(lock);
       looked = false;
     }
   }

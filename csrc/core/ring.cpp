@@ -8,7 +8,6 @@ std::optional<std::size_t> Ring::allocate(std::size_t bytes) {
   if (blocks_.empty()) {
     if (bytes > capacity_) return std::nullopt;
     blocks_.push_back({0, bytes, false});
-    held_ += bytes;
     return 0;
   }
   const std::size_t head = blocks_.front().offset, tail = blocks_.back().end;
@@ -17,13 +16,17 @@ std::optional<std::size_t> Ring::allocate(std::size_t bytes) {
   const std::size_t limit = wrapped ? head : capacity_;
   if (begin <= limit && bytes <= limit - begin) {
     blocks_.push_back({begin, begin + bytes, false});
-    held_ += bytes;
     return begin;
   }
   if (wrapped || bytes > head) return std::nullopt;
   blocks_.push_back({0, bytes, false});
-  held_ += bytes;
   return 0;
+}
+
+std::size_t Ring::room(std::size_t capacity) const noexcept {
+  if (blocks_.empty()) return capacity;
+  const std::size_t head = blocks_.front().offset, tail = blocks_.back().end;
+  return blocks_.back().offset < head ? head - tail : head + std::max(capacity, tail) - tail;
 }
 
 void Ring::free(std::size_t offset) noexcept {
@@ -31,7 +34,6 @@ void Ring::free(std::size_t offset) noexcept {
                                   [offset](const Block& block) { return block.offset == offset && !block.free; });
   if (found == blocks_.end()) return;
   found->free = true;
-  held_ -= found->end - found->offset;
   while (!blocks_.empty() && blocks_.front().free) blocks_.pop_front();
 }
 

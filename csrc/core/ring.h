@@ -24,7 +24,8 @@ class Ring {
   void grow(std::size_t capacity) noexcept { capacity_ = capacity > capacity_ ? capacity : capacity_; }
 
   std::size_t capacity() const noexcept { return capacity_; }
-  std::size_t held() const noexcept { return held_; }
+  // Bytes that a ring of this capacity has to give, in one or two stretches.
+  std::size_t room(std::size_t capacity) const noexcept;
   bool empty() const noexcept { return blocks_.empty(); }
 
  private:
@@ -34,7 +35,6 @@ class Ring {
   };
 
   std::size_t capacity_;
-  std::size_t held_ = 0;
   std::deque<Block> blocks_;  // in the order of allocation, the skipped end of the ring included
 };
 

@@ -1,46 +1,25 @@
 #include "core/direct.h"
 
 #include <fcntl.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <bit>
-#include <cerrno>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
 
-#include "check.h"
+#include "file.h"
 
 namespace dscheck {
 namespace {
-
-// A file of the test's own in `folder`, gone at its end.
-class File {
- public:
-  explicit File(const std::string& folder) : path_(folder + "/dscheck-direct-XXXXXX"), file_(mkstemp(path_.data())) {
-    if (file_ < 0) throw test::Failure(path_ + ": " + std::strerror(errno));
-  }
-  ~File() {
-    close(file_);
-    unlink(path_.c_str());
-  }
-  File(const File&) = delete;
-  File& operator=(const File&) = delete;
-  int descriptor() const { return file_; }
-
- private:
-  std::string path_;
-  int file_;
-};
 
 struct Freed {
   void operator()(std::byte* memory) const { std::free(memory); }
 };
 
 void round_trip(const std::string& folder) {
-  const File file(folder);
+  const test::File file(folder);
   const DirectUnits units = direct_units(file.descriptor());
   if (!units) return;
   CHECK(std::has_single_bit(units.memory));
@@ -63,9 +42,7 @@ void round_trip(const std::string& folder) {
 }  // namespace
 
 TEST(direct_writes_in_the_units_arrive) {
-  const char* const folder = std::getenv("TMPDIR");
-  round_trip(folder != nullptr ? folder : "/tmp");
-  round_trip("/dev/shm");
+  for (const std::string& folder : test::folders()) round_trip(folder);
 }
 
 TEST(a_descriptor_that_is_no_file_gives_no_descriptor) { CHECK_EQUAL(reopen_direct(-1, O_RDONLY), -1); }

@@ -87,7 +87,7 @@ struct One {
   explicit One(std::int32_t owner, std::size_t spill_bytes = 0)
       : state({Part{std::vector<std::byte>(200'000, std::byte{1}), 0, owner}}),
         shape(state.shape()),
-        copier(std::in_place, CopierSettings{1, spill_bytes}) {
+        copier(std::in_place, CopierSettings{.threads = 1, .device_budget = spill_bytes}) {
     copier->prepare(2 * state.bytes(), devices.numbers, spill_bytes);
     const auto deadline = soon();
     while (copier->spill_bytes(0) < spill_bytes && Clock::now() < deadline) std::this_thread::sleep_for(1ms);
@@ -123,7 +123,7 @@ void train(test::Random& random, int round) {
   const bool spilling = round % 4 != 3;
   std::vector<std::string> wrong(6);
   {
-    Copier copier({2, spilling ? Spill::kAuto : 0});
+    Copier copier({.threads = 2, .device_budget = spilling ? Spill::kAuto : 0});
     copier.prepare(round % 3 == 0 ? std::max(state.largest(), state.bytes() / 3) + 4096 : 2 * state.bytes(),
                    devices.numbers, spilling ? state.bytes() : 0);
     std::vector<std::jthread> writers;
@@ -247,7 +247,7 @@ TEST(a_take_that_the_driver_refuses_leaves_nothing_under_way) {
     fake_cuda::fail(call, 700);
     CHECK(refused([&] { one.take(); }));
     one.devices.synchronize();
-    CHECK(one.copier->has_room(one.state.bytes()));
+    CHECK(one.copier->has_room(one.state.bytes(), 0));
     one.save(std::byte{1});
     one.close();
   }
@@ -258,7 +258,7 @@ TEST(a_device_without_memory_to_spare_is_copied_all_the_same) {
   Model state({Part{std::vector<std::byte>(200'000, std::byte{1}), 0, kVolatile}});
   fake_cuda::reset(0);
   {
-    Copier copier({1});
+    Copier copier({.threads = 1});
     copier.prepare(state.bytes(), devices.numbers, state.bytes());
     const auto capture = state.take(copier, state.shape(), devices.streams);
     CHECK(copier.fence(*capture, kVolatile, devices.streams, soon(), true) == kDone);
@@ -301,7 +301,7 @@ TEST(a_copier_ends_with_captures_under_way) {
     const Devices devices(2);
     Model state = spread(random, 2, 20);
     {
-      Copier copier({2});
+      Copier copier({.threads = 2});
       copier.prepare(state.bytes(), devices.numbers, state.bytes());
       state.take(copier, state.shape(), devices.streams);
       std::this_thread::sleep_for(std::chrono::microseconds(200 * round));

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from dscheck.cli.step import open_step
 from dscheck.cli.text import console, ranks, size, table
@@ -35,14 +36,14 @@ def show(root: str, step: int | None, tensor: str | None, as_json: bool) -> None
 
 def tensors(contents: Contents) -> list[dict[str, Any]]:
     """Name, aliases, dtype, shape and number of fragments of each tensor."""
-    count = Counter(fragment.tensor for fragment in contents.plan.fragments)
+    count = np.bincount(contents.plan.fragments.tensor, minlength=len(contents.plan.tensors))
     return [
         {
             "tensor": row.name,
             "dtype": row.dtype,
             "shape": list(row.shape),
             "bytes": row.nbytes,
-            "fragments": count[number],
+            "fragments": int(count[number]),
             "aliases": list(row.aliases),
         }
         for number, row in enumerate(contents.plan.tensors)

@@ -10,8 +10,8 @@ import numpy as np
 
 from dscheck.commit.contents import Contents, gaps
 from dscheck.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
+from dscheck.manifest.fragments import Fragment
 from dscheck.manifest.keys import plan_key
-from dscheck.manifest.plan import Fragment
 from dscheck.native import crc32c_blocks
 
 READ_BYTES = 16 << 20

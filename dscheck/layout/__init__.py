@@ -1,6 +1,6 @@
 """The algebra of boxes: how a global tensor is cut, who writes which piece, and the proof that the pieces tile it.
 
-Integers only: no torch, no NumPy, nothing that is not in the standard library.
+Integers only and no torch; what goes over whole plans (`boxes`, `tiling`) does so in columns of NumPy.
 """
 
 from dscheck.layout.cover import prove_cover, uncovered

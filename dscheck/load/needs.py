@@ -10,7 +10,8 @@ from dscheck.errors import IncompleteCoverError
 from dscheck.layout.cover import uncovered
 from dscheck.layout.region import Region
 from dscheck.manifest.dtypes import ITEMSIZE
-from dscheck.manifest.plan import Fragment, Plan, TensorRow
+from dscheck.manifest.fragments import Fragment
+from dscheck.manifest.plan import Plan, TensorRow
 
 READ_BYTES = 32 << 20
 """No read, and no buffer of one, is longer, unless a single row of a tensor is."""
@@ -51,7 +52,7 @@ def needs_of(plan: Plan, tensor: int, wanted: Region, target: Any) -> Iterator[N
     row = plan.tensors[tensor]
     overlaps = [
         (fragment, box)
-        for fragment in plan.fragments_of(tensor)
+        for fragment in plan.overlapping(tensor, wanted)
         if (box := fragment.region.intersect(wanted)) is not None
     ]
     gap = uncovered(wanted, [box for _, box in overlaps])

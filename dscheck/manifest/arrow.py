@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from dscheck.errors import CorruptCheckpointError
-from dscheck.layout.region import Region
+from dscheck.layout.boxes import Boxes
 from dscheck.manifest.files import Extent, FileRow, validate_files
+from dscheck.manifest.fragments import Fragments
 from dscheck.manifest.messages import Column
-from dscheck.manifest.plan import Fragment, Plan, RankRow, TensorRow
-from dscheck.manifest.tables import columns, ints, lists, read, text_lists, texts, write
+from dscheck.manifest.plan import Plan, RankRow, TensorRow
+from dscheck.manifest.tables import columns, ints, lists, offsets, ragged, read, text_lists, texts, write
 
 
 def _int32(name: str) -> Column:
@@ -78,14 +79,14 @@ def encode_plan(plan: Plan) -> bytes:
             text_lists([t.aliases for t in tensors]),
         ]),
         ("fragments", FRAGMENTS, blocks, [
-            ints([f.tensor for f in fragments], np.int32),
-            lists([f.region.start for f in fragments], np.int64),
-            lists([f.region.stop for f in fragments], np.int64),
-            ints([f.writer for f in fragments], np.int32),
-            ints([f.offset for f in fragments], np.int64),
-            ints([f.nbytes for f in fragments], np.int64),
-            ints([f.first_block for f in fragments], np.int64),
-            ints([f.holders for f in fragments], np.int32),
+            pa.array(fragments.tensor),
+            ragged(fragments.boxes.at, fragments.boxes.start),
+            ragged(fragments.boxes.at, fragments.boxes.stop),
+            pa.array(fragments.writer),
+            pa.array(fragments.offset),
+            pa.array(fragments.nbytes),
+            pa.array(fragments.first_block),
+            pa.array(fragments.holders),
         ]),
         ("ranks", RANKS, {}, [
             ints([r.rank for r in ranks], np.int32),
@@ -105,7 +106,7 @@ def decode_plan(data: bytes, key: str) -> Plan:
         )
         plan = Plan(
             tuple(map(TensorRow, *columns(tensors))),
-            tuple(_fragments(*columns(fragments))),
+            _fragments(fragments),
             tuple(_ranks(*columns(ranks))),
             tuple(columns(holders)[0]),
             _block_bytes(fragments.schema),
@@ -148,10 +149,13 @@ def decode_files(data: bytes, key: str) -> tuple[FileRow, ...]:
     return rows
 
 
-def _fragments(
-    tensor: list[int], start: list[tuple[int, ...]], stop: list[tuple[int, ...]], *others: list[int]
-) -> Iterable[Fragment]:
-    return map(Fragment, tensor, map(Region, start, stop), *others)
+def _fragments(batch: pa.RecordBatch) -> Fragments:
+    tensor, start, stop, *numbers = batch.columns
+    at = offsets(start)
+    if not np.array_equal(at, offsets(stop)):
+        raise ValueError("a fragment has not as many starts as stops")
+    boxes = Boxes(at, start.values.to_numpy(), stop.values.to_numpy())
+    return Fragments(tensor.to_numpy(), boxes, *(column.to_numpy() for column in numbers))
 
 
 def _ranks(

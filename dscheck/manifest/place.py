@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from dscheck.layout.boxes import Int32s, Ints, opens
+
+N = TypeVar("N", int, Ints)
+"""One number, or a column of them."""
 
 LARGE_BYTES = 1 << 20
 """Fragments of this size and more begin on a page, so that direct I/O can read them alone."""
@@ -12,7 +20,7 @@ SMALL_ALIGNMENT = 64
 CHECKSUM_ALIGNMENT = 8
 
 
-def align(offset: int, alignment: int) -> int:
+def align(offset: N, alignment: int) -> N:
     """The first multiple of `alignment` at or after `offset`.
 
     >>> align(65, 64)
@@ -21,22 +29,29 @@ def align(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
 
-def alignment_of(nbytes: int) -> int:
-    """What the offset of a fragment of `nbytes` is a multiple of.
+def alignment_of(nbytes: Ints) -> Ints:
+    """What the offset of each fragment of `nbytes` is a multiple of.
 
     Pages for small ones too would cost more than their bytes: a (64, 64, 3, 3) tensor in 1,000 flat ranges grew
     100 times.
     """
-    return LARGE_ALIGNMENT if nbytes >= LARGE_BYTES else SMALL_ALIGNMENT
+    return np.where(nbytes >= LARGE_BYTES, LARGE_ALIGNMENT, SMALL_ALIGNMENT)
 
 
-def block_count(nbytes: int, block_bytes: int) -> int:
-    """How many checksum blocks a fragment has; only the last may be short.
+def block_count(nbytes: N, block_bytes: int) -> N:
+    """How many checksum blocks a fragment has, or each of many; only the last may be short.
 
     >>> block_count(2**18 + 1, 2**18)
     2
     """
     return -(-nbytes // block_bytes)
+
+
+def by_file(writer: Int32s) -> Ints:
+    """Rows in the order of their writers, those of one writer in the order they have."""
+    low, high = int(writer.min(initial=0)), int(writer.max(initial=0))
+    narrow = writer.astype(np.uint16) if low >= 0 and high < 1 << 16 else writer  # NumPy sorts 16 bits by radix
+    return np.argsort(narrow, kind="stable")
 
 
 def place(sizes: Sequence[int], block_bytes: int) -> tuple[list[int], list[int], int]:
@@ -46,11 +61,28 @@ def place(sizes: Sequence[int], block_bytes: int) -> tuple[list[int], list[int],
     >>> place([100, 1 << 20, 8], 1 << 18)
     ([0, 4096, 1052672], [0, 1, 5], 1052680)
     """
-    offsets, first_blocks, end, blocks = [], [], 0, 0
-    for nbytes in sizes:
-        offset = align(end, alignment_of(nbytes))
-        offsets.append(offset)
-        first_blocks.append(blocks)
-        end = offset + nbytes
-        blocks += block_count(nbytes, block_bytes)
-    return offsets, first_blocks, end
+    nbytes = np.array(sizes, np.int64)
+    offsets, first_blocks = place_all(np.zeros(len(sizes), np.int32), nbytes, block_bytes)
+    return offsets.tolist(), first_blocks.tolist(), int((offsets + nbytes).max(initial=0))
+
+
+def place_all(writer: Int32s, nbytes: Ints, block_bytes: int) -> tuple[Ints, Ints]:
+    """Offset and first block of each fragment in the data file of its writer; each file is in the order of the rows."""
+    order = by_file(writer)
+    sizes = nbytes[order]
+    small = align(sizes, SMALL_ALIGNMENT)
+    file = opens(writer[order])
+    # A run is a large fragment, or the begin of a file, and the small ones behind it; runs begin on pages.
+    run = file | (sizes >= LARGE_BYTES)
+    runs = np.flatnonzero(run)
+    number = np.cumsum(run) - 1
+    of_file = np.maximum.accumulate(np.where(file[runs], np.arange(len(runs)), 0))
+    before = np.cumsum(small) - small
+    length = align(np.add.reduceat(small, runs), LARGE_ALIGNMENT) if len(runs) else before
+    begin = np.cumsum(length) - length
+    blocks = block_count(sizes, block_bytes)
+    counted = np.cumsum(blocks) - blocks
+    offsets, first_blocks = np.empty_like(sizes), np.empty_like(sizes)
+    offsets[order] = (begin - begin[of_file])[number] + before - before[runs][number]
+    first_blocks[order] = counted - counted[runs[of_file]][number]
+    return offsets, first_blocks

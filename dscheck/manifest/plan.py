@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
 from dscheck.errors import LayoutError
+from dscheck.layout.boxes import chunks, opens, padded
 from dscheck.layout.region import Region
+from dscheck.layout.tiling import tiled_in_order
 from dscheck.manifest.dtypes import ITEMSIZE
+from dscheck.manifest.fragments import Fragments
 from dscheck.manifest.keys import LARGEST
 from dscheck.manifest.place import block_count
-from dscheck.manifest.rules import check_fragments
+from dscheck.manifest.rules import FragmentRules
 
 MAX_NDIM = 64
 MAX_BLOCK_BYTES = 1 << 30
@@ -41,23 +45,6 @@ class TensorRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Fragment:
-    """The bytes of one non-empty region as stored: `nbytes` before any codec, at `offset` of rank `writer`'s data file.
-
-    `tensor` and `holders` are indices into the plan's tensors and holder sets. Its blocks are those of the writer's
-    file from `first_block` on.
-    """
-
-    tensor: int
-    region: Region
-    writer: int
-    offset: int
-    nbytes: int
-    first_block: int
-    holders: int
-
-
-@dataclass(frozen=True, slots=True)
 class RankRow:
     """One rank of the job that saved: its host, and its coordinate on each named dimension of its mesh."""
 
@@ -71,15 +58,19 @@ class Plan:
     """The map of a step: tensors by name, fragments by tensor and start, ranks by number, and sets of holders."""
 
     tensors: tuple[TensorRow, ...]
-    fragments: tuple[Fragment, ...]
+    fragments: Fragments
     ranks: tuple[RankRow, ...]
     holders: tuple[tuple[int, ...], ...]
     block_bytes: int
 
-    def fragments_of(self, tensor: int) -> tuple[Fragment, ...]:
+    def fragments_of(self, tensor: int) -> Fragments:
         """The fragments of the tensor with this index, by start."""
-        first = bisect_left(self.fragments, tensor, key=_tensor_of)
-        return self.fragments[first : bisect_left(self.fragments, tensor + 1, lo=first, key=_tensor_of)]
+        begin, end = self.fragments.rows_of(tensor)
+        return self.fragments[begin:end]
+
+    def overlapping(self, tensor: int, wanted: Region) -> Fragments:
+        """Those that share an element with `wanted`."""
+        return self.fragments.overlapping(tensor, wanted)
 
     def index(self) -> dict[str, int]:
         """The tensor's index by every name that it has."""
@@ -87,14 +78,27 @@ class Plan:
 
     def file_ends(self) -> list[tuple[int, int]]:
         """Of each rank's data file: where its last fragment ends, in bytes, and how many checksum blocks it has."""
-        ends = [(0, 0)] * len(self.ranks)
-        for fragment in self.fragments:
-            end, blocks = ends[fragment.writer]
-            ends[fragment.writer] = (
-                max(end, fragment.offset + fragment.nbytes),
-                blocks + block_count(fragment.nbytes, self.block_bytes),
-            )
-        return ends
+        ends, blocks = np.zeros((2, len(self.ranks)), np.int64)
+        rows = self.fragments
+        np.maximum.at(ends, rows.writer, rows.offset + rows.nbytes)
+        np.add.at(blocks, rows.writer, block_count(rows.nbytes, self.block_bytes))
+        return list(zip(ends.tolist(), blocks.tolist(), strict=True))
+
+    def untiled(self) -> Iterator[int]:
+        """The tensors of which no pass over neighbours proves that their fragments tile them: most often none.
+
+        `prove_cover` decides on these, and says what is wrong.
+        """
+        ndim = max((len(tensor.shape) for tensor in self.tensors), default=0)
+        shapes = padded([tensor.shape for tensor in self.tensors], ndim)
+        rows = self.fragments
+        proved = tiled_in_order(rows.tensor[:0], shapes, *rows.boxes.part(0, 0).matrices(ndim))
+        for begin, end in chunks(rows.boxes.at, opens(rows.tensor)):
+            tensor = rows.tensor[begin:end]
+            low, high = int(tensor[0]), int(tensor[-1]) + 1
+            bounds = rows.boxes.part(begin, end).matrices(ndim)
+            proved[low:high] = tiled_in_order(tensor - low, shapes[low:high], *bounds)
+        yield from np.flatnonzero(~proved).tolist()
 
     def validate(self) -> None:
         """Raises LayoutError unless every row agrees with all others; whether fragments tile tensors is not asked."""
@@ -104,23 +108,9 @@ class Plan:
         _check_ranks(self.ranks)
         for members in self.holders:
             _check_holders(members, len(self.ranks))
-        check_fragments(
-            self.fragments,
-            [tensor.shape for tensor in self.tensors],
-            [ITEMSIZE[tensor.dtype] for tensor in self.tensors],
-            self.holders,
-            self.block_bytes,
-            self._at,
-        )
-
-    def _at(self, row: int) -> str:
-        fragment = self.fragments[row]
-        known = 0 <= fragment.tensor < len(self.tensors)
-        return f"fragment '{self.tensors[fragment.tensor].name if known else fragment.tensor}' {fragment.region}"
-
-
-def _tensor_of(fragment: Fragment) -> int:
-    return fragment.tensor
+        rules = FragmentRules(self.tensors, self.holders, self.block_bytes)
+        rules.check(self.fragments)
+        rules.check_files(self.fragments)
 
 
 def _check_tensors(tensors: tuple[TensorRow, ...]) -> None:

@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import DTypeLike
 
 from dscheck.errors import LayoutError
+from dscheck.layout.boxes import Ints
 from dscheck.manifest.messages import MAX_ROWS, Column, walk
 
 
@@ -36,6 +37,21 @@ def lists(rows: Sequence[Sequence[int]], dtype: DTypeLike) -> pa.Array:
 def text_lists(rows: Sequence[Sequence[str]]) -> pa.Array:
     """A column of lists of UTF-8."""
     return _list_array(rows, texts(chain.from_iterable(rows)))
+
+
+def ragged(at: Ints, items: Ints) -> pa.Array:
+    """A column of lists of int64: row i is items[at[i] : at[i + 1]], in place."""
+    if len(items) > MAX_ROWS:
+        raise LayoutError(f"{len(items)} items of lists in one column, at most {MAX_ROWS} fit")
+    field = pa.field("item", pa.int64(), nullable=False)
+    return pa.ListArray.from_arrays(pa.array(at.astype(np.int32)), pa.array(items), type=pa.list_(field))
+
+
+def offsets(column: pa.Array) -> Ints:
+    """Where each list of a column begins in its items, and the last one ends."""
+    # Arrow may leave out the offsets of no rows.
+    found: Ints = column.offsets.to_numpy().astype(np.int64) if len(column) else np.zeros(1, np.int64)
+    return found
 
 
 def _list_array(rows: Sequence[Sequence[Any]], items: pa.Array) -> pa.Array:
@@ -101,6 +117,4 @@ def _values(array: pa.Array) -> list[Any]:
         plain: list[Any] = array.to_pylist()
         return plain
     items = _values(array.values)
-    # Arrow may leave out the offsets of no rows.
-    offsets = array.offsets.to_numpy().tolist() if len(array) else []
-    return [tuple(items[begin:end]) for begin, end in pairwise(offsets)]
+    return [tuple(items[begin:end]) for begin, end in pairwise(offsets(array).tolist())]

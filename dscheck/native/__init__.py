@@ -1,8 +1,10 @@
 """The compiled core. Whatever takes long there releases the GIL."""
 
 from dscheck.native._core import (
+    DROPPED,
     FROZEN,
     HOST,
+    KEPT,
     PRIVATE,
     USABLE_WINDOW,
     VOLATILE,
@@ -20,6 +22,7 @@ from dscheck.native._core import (
     Same,
     Standing,
     checksums,
+    collect,
     crc32c,
     crc32c_blocks,
     crc32c_is_accelerated,
@@ -33,8 +36,10 @@ from dscheck.native._core import (
 )
 
 __all__ = [
+    "DROPPED",
     "FROZEN",
     "HOST",
+    "KEPT",
     "PRIVATE",
     "USABLE_WINDOW",
     "VOLATILE",
@@ -52,6 +57,7 @@ __all__ = [
     "Same",
     "Standing",
     "checksums",
+    "collect",
     "crc32c",
     "crc32c_blocks",
     "crc32c_is_accelerated",

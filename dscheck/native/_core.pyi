@@ -95,6 +95,10 @@ class Memory:
     def is_like(self, other: Memory) -> bool:
         """Whether both are as many tensors of equal shapes, dtypes, devices and strides, in this order."""
 
+DROPPED: int
+"""As the place of a piece: it is not in the file."""
+KEPT: int
+"""It is not written by native threads: await_run() hands it on."""
 HOST: int
 FROZEN: int
 VOLATILE: int
@@ -145,7 +149,7 @@ class Copier:
     usable: int
     page_locked: bool
     prepared_s: float
-    def __init__(self, host_threads: int, device_budget: int | None) -> None: ...
+    def __init__(self, host_threads: int, io_threads: int, device_budget: int | None) -> None: ...
     def prepare(self, host_bytes: int, devices: list[int], spill_bytes: int) -> None: ...
     def take(
         self,
@@ -164,13 +168,30 @@ class Copier:
     def await_run(self, capture: NativeCapture, first: int, stop: int, deadline_s: float) -> int: ...
     def free_run(self, capture: NativeCapture, first: int, count: int) -> None: ...
     def release(self, capture: NativeCapture, deadline_s: float) -> bool: ...
+    def write(
+        self,
+        capture: NativeCapture,
+        file: int,
+        direct: bool,
+        slice_bytes: int,
+        room: int,
+        pieces: NDArray[np.uint64],
+        smalls: NDArray[np.uint64],
+        piece_blocks: NDArray[np.uint64],
+        small_blocks: NDArray[np.uint64],
+    ) -> int:
+        """Begin to write everything to `file`, a descriptor, at the byte offsets `pieces` and `smalls`, and free each
+        piece. 0, or the errno of what refused the first `room` bytes of the file their place on the disk.
+        """
+    def await_written(self, capture: NativeCapture, deadline_s: float) -> tuple[bool, int]:
+        """Whether all is written; if not, the errno of a write, or 0 when the capture failed or it is too late."""
     def run(self, capture: NativeCapture, first: int, count: int) -> NDArray[np.uint8]: ...
     def slab(self, capture: NativeCapture, offset: int, nbytes: int) -> NDArray[np.uint8]: ...
     def failure(self, capture: NativeCapture) -> str: ...
     def torn(self, capture: NativeCapture) -> int | None: ...
     def pending(self, capture: NativeCapture) -> int | None: ...
     def hurry(self) -> None: ...
-    def has_room(self, nbytes: int) -> bool: ...
+    def has_room(self, nbytes: int, longest: int) -> bool: ...
     def rate_and_window(self, device: int) -> tuple[float, float]: ...
     def spill_bytes(self, device: int) -> int: ...
 
@@ -186,8 +207,13 @@ def matches(capture: NativeCapture, index: int, data: NDArray[np.uint8]) -> bool
 def checksums(capture: NativeCapture, first: int, count: int) -> bytes:
     """The CRC32Cs (native uint32) of the blocks of `count` pieces that await_run() has seen."""
 
-def times(capture: NativeCapture) -> list[tuple[int, bool, int, float, float]]:
-    """Of each piece: device, whether it was spilled, bytes, and when its copy began and ended (0: not yet)."""
+def collect(capture: NativeCapture, blocks: NDArray[np.uint32]) -> None:
+    """Fill in the CRC32Cs of the blocks of the file that Copier.write() has written."""
+
+def times(capture: NativeCapture) -> list[tuple[int, bool, int, float, float, float, float]]:
+    """Of each piece: device, whether it was spilled, bytes, when its copy began and ended, and its write (0: not
+    yet).
+    """
 
 def sample(data: NDArray[np.uint8]) -> bytes:
     """256 bytes of `data`: the first 64, 32 inner words of 4, the last 64; zeros behind what is shorter."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from dscheck.layout.region import Region
 from dscheck.manifest.bundle import Options
 from dscheck.manifest.objects import encode_objects
 from dscheck.save.coordinator import Coordinator
+from dscheck.save.fragments import Fragments, Layout
 from dscheck.save.handle import SaveHandle
 from dscheck.save.shares import Box, Shares
 from dscheck.save.trace import Trace
@@ -146,33 +147,10 @@ class Attempt:
             )
         self.moment.counts = None
 
-    def fragments(self, boxes: Iterable[Box]) -> Iterator[Iterable[Chunk]]:
-        """The bytes of each box in its turn, as chunks that are valid until the next one is asked for.
-
-        What was captured and is not among them is let go in its place: it would hold back what comes behind it. They
-        count only when this is exhausted: its end is the proof that all are of one moment. Raises as Capture.wait.
-        """
-        capture, moment = self.capture, self.moment
-        assert capture is not None
-        assert moment is not None
-        sources, at = moment.shares.sources, 0
-        for box in boxes:
-            number = sources.get(box.key)
-            if number is None:
-                yield (self.late.pop(box.key),)
-                continue
-            _let_go(capture, range(at, number))
-            at = number + 1
-            yield capture.chunks(number)
-        _let_go(capture, range(at, len(sources)))
-        with self.trace.span("await the proof"):
-            capture.wait()
-
-
-def _let_go(capture: Capture, numbers: Iterable[int]) -> None:
-    for number in numbers:
-        for _ in capture.chunks(number):
-            pass
+    def fragments(self, layout: Layout) -> Fragments:
+        """What it writes; `catch_up` comes first."""
+        assert self.capture is not None
+        return Fragments(layout, self.capture, self.late, self.trace)
 
 
 def _too_late(box: Box) -> TornSnapshotError:

@@ -10,16 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from dscheck.commit import assert_newest, check_files, claim, publish, put_files, put_plan
 from dscheck.config import Settings
 from dscheck.errors import ConfigError, LayoutError, SupersededError
-from dscheck.layout.region import Region
 from dscheck.manifest.arrow import encode_files, encode_plan
 from dscheck.manifest.files import Extent, FileRow, validate_files
 from dscheck.manifest.record import Counts, Digest, Record, Term
 from dscheck.ranks.message import pack, unpack
-from dscheck.save.claims import RankClaims, pack_exceptions, watch
-from dscheck.save.merge import Merged, Samples, compare, merge
+from dscheck.save.claims import RankClaims, pack_exceptions
+from dscheck.save.merge import Merged, merge
+from dscheck.save.rivals import Rivals, Samples
 from dscheck.storage.base import Storage
 
 
@@ -90,9 +92,9 @@ class Coordinator:
         term = self._term_for(step)
         self._tried = step
         self._receive(posts)
-        samples = self._samples(posts)
+        known = self._plan.sha256, self._merged
         merged = self._replan(posts)
-        if not compare(merged.contested, self._all_claims(), samples, self._settings.replicas):
+        if not merged.rivals.agree(lambda: self._samples(posts, *known), self._settings.replicas):
             raise LayoutError(
                 f"step {step}: a tensor that one mesh held is now claimed by other ranks too, and cannot be compared "
                 "before the next save; this one is given up"
@@ -103,7 +105,7 @@ class Coordinator:
         answer["plan"] = self._plan.sha256
         if any(post["plan"] != self._plan.sha256 for post in posts):
             answer["exceptions"] = pack_exceptions(merged.exceptions)
-            answer["contested"] = pack_exceptions(dict.fromkeys(merged.contested, ()))
+            answer["contested"] = pack_exceptions(dict.fromkeys(merged.rivals.regions, ()))
         return pack(answer)
 
     def decide_arrive(self, payloads: Sequence[bytes]) -> bytes:
@@ -122,7 +124,7 @@ class Coordinator:
             fragments=len(plan.fragments),
             ranks=len(plan.ranks),
             blocks=sum(row.blocks for row in rows),
-            bytes=sum(fragment.nbytes for fragment in plan.fragments),
+            bytes=int(plan.fragments.nbytes.sum()),
         )
         record = Record(
             step=attempt.step,
@@ -175,7 +177,7 @@ class Coordinator:
     def _receive(self, posts: Sequence[Mapping[str, Any]]) -> None:
         for rank, post in enumerate(posts):
             if post["claims"] is not None:
-                self._claims[rank] = (post["digest"], RankClaims.decode(post["claims"].encode()))
+                self._claims[rank] = (post["digest"], RankClaims.decode(post["claims"].encode(), len(posts)))
             if self._claims.get(rank, ("",))[0] != post["digest"]:
                 raise LayoutError(
                     f"the claims of rank {rank} were lost with an earlier save; this one is given up, the next resends"
@@ -199,15 +201,19 @@ class Coordinator:
             put_plan(self._storage, term.term, self._plan_text)
             self._stored_in = term.term
 
-    def _samples(self, posts: Sequence[Mapping[str, Any]]) -> Samples:
+    def _samples(self, posts: Sequence[Mapping[str, Any]], plan: str, merged: Merged | None) -> list[Samples]:
         """What the ranks sent, read by the plan that they know: that of before this save."""
-        samples: dict[tuple[int, str, Region], int] = {}
-        for rank, post in enumerate(posts):
-            if not post["full"] and post["plan"] != self._plan.sha256:
-                continue
-            contested = None if post["full"] or self._merged is None else self._merged.contested
-            watched = watch(rank, len(posts), self._claims[rank][1].claims, contested)
-            samples.update({(rank, *key): value for key, value in zip(watched, post["samples"], strict=True)})
+        contested = Rivals() if merged is None else merged.rivals
+        samples = []
+        for rank, (post, rows) in enumerate(zip(posts, contested.rows_by_rank(len(posts)), strict=True)):
+            sent, claims = post["samples"], self._claims[rank][1]
+            if not post["full"] and post["plan"] != plan:
+                sent, watched = [], np.empty(0, np.int64)
+            else:
+                watched = claims.watched(rank, None if post["full"] or merged is None else rows)
+            if len(sent) != len(watched):
+                raise LayoutError(f"rank {rank} sent {len(sent)} samples, {len(watched)} expected")
+            samples.append(Samples(watched, np.array(sent, np.uint64)))
         return samples
 
 

@@ -51,7 +51,7 @@ class Holdings:
     """
 
     tensors: list[TensorLeaf]
-    claims: RankClaims
+    claims: tuple[Claim, ...]
     text: bytes
     digest: str
     held: tuple[Held, ...]
@@ -66,9 +66,8 @@ class Holdings:
             claims.append(claim)
             if rank in holders:
                 held += [Held(claim, region, leaf, index, part) for part, region in enumerate(regions)]
-        mine = RankClaims(host, flat.mesh, tuple(claims))
-        text = mine.encode()
-        return cls(flat.tensors, mine, text, hashlib.sha256(text).hexdigest(), tuple(held))
+        text = RankClaims.of(host, flat.mesh, claims).encode()
+        return cls(flat.tensors, tuple(claims), text, hashlib.sha256(text).hexdigest(), tuple(held))
 
     def owners(self) -> list[Any]:
         """The optimizers that fence something held, each once."""

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
-from dscheck.config import Replicas
+import numpy as np
+
 from dscheck.errors import LayoutError, StateError
+from dscheck.layout.boxes import MAX_ITEMS, Bools, Boxes, Int32s, Ints, ints, opens, padded, spans
 from dscheck.layout.cover import prove_cover
 from dscheck.layout.region import Region
 from dscheck.layout.shares import writer_shares
+from dscheck.layout.tiling import tiled_in_order
 from dscheck.manifest.dtypes import ITEMSIZE
-from dscheck.manifest.place import place
-from dscheck.manifest.plan import Fragment, Plan, RankRow, TensorRow
-from dscheck.save.claims import Claim, RankClaims
-
-Samples = Mapping[tuple[int, str, Region], int]
-"""(rank, tensor, region) → hash of its samples, for the regions whose samples were sent."""
-
-ADVICE = (
-    "Wrap what belongs to one rank in dscheck.per_rank(...), declare shards of one tensor with dscheck.sharded(...), "
-    'or set replicas="first" to store the lowest rank\'s'
-)
+from dscheck.manifest.fragments import Fragments
+from dscheck.manifest.place import by_file, place_all
+from dscheck.manifest.plan import Plan, RankRow, TensorRow
+from dscheck.save.claims import RankClaims
+from dscheck.save.rivals import ADVICE, Rivals
 
 
 @dataclass(slots=True)
@@ -33,48 +29,28 @@ class Merged:
 
     plan: Plan
     exceptions: dict[tuple[str, Region], tuple[int, ...]] = field(default_factory=dict)
-    contested: set[tuple[str, Region]] = field(default_factory=set)
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A fragment before it has a place in a file."""
-
-    tensor: int
-    region: Region
-    writer: int
-    holders: tuple[int, ...]
-
-
-@dataclass(slots=True)
-class _Group:
-    """Ranks that hold one region and can prove it to each other; `present` are those that have it."""
-
-    holders: tuple[int, ...]
-    present: list[int]
+    rivals: Rivals = field(default_factory=Rivals)
 
 
 def merge(ranks: Sequence[RankClaims], block_bytes: int) -> Merged:
     """One plan out of the claims of all ranks, in rank order.
 
     Raises StateError or LayoutError (IncompleteCoverError) with the tensor's name when the claims contradict each
-    other. Samples are not looked at: `compare` does that at each save.
+    other. Samples are not looked at: `Rivals.agree` does that at each save.
     """
-    by_name: dict[str, list[tuple[int, Claim]]] = defaultdict(list)
-    for rank, rank_claims in enumerate(ranks):
-        for claim in rank_claims.claims:
-            by_name[claim.name].append((rank, claim))
-    names = sorted(by_name, key=_utf8)
-    merged = Merged(Plan((), (), (), (), block_bytes))
-    tensors, pieces = [], []
-    for number, name in enumerate(names):
-        tensors.append(_agree(name, by_name[name]))
-        pieces += _divide(merged, number, tensors[-1], by_name[name])
+    tensors, numbers = _agree(ranks)
     _refuse_ambiguous_aliases(tensors)
+    sets, parts = _Sets(), list[_Pieces]()
+    merged = Merged(Plan((), Fragments.of([]), (), (), block_bytes))
+    for claims in _gathered(ranks, tensors, numbers, sets):
+        parts.append(_divide(merged, claims, tensors, sets))
+    pieces = _Pieces.joined(parts)
+    del parts
+    offsets, first_blocks = place_all(pieces.writer, pieces.nbytes, block_bytes)
+    holders, held = sets.in_order(pieces.holders)
+    fragments = Fragments(pieces.tensor, pieces.boxes, pieces.writer, offsets, pieces.nbytes, first_blocks, held)
     rows = tuple(RankRow(rank, claims.host, claims.mesh) for rank, claims in enumerate(ranks))
-    fragments, holders = _lay_out(pieces, tensors, block_bytes)
-    merged.plan = Plan(tuple(tensors), fragments, rows, holders, block_bytes)
-    merged.plan.validate()
+    merged.plan = Plan(tensors, fragments, rows, holders, block_bytes)
     return merged
 
 
@@ -82,19 +58,33 @@ def _utf8(name: str) -> bytes:
     return name.encode()
 
 
-def _agree(name: str, claims: Sequence[tuple[int, Claim]]) -> TensorRow:
-    """The row of one tensor, or a refusal that names two ranks which see it differently."""
-    first_rank, first = claims[0]
-    for rank, claim in claims:
-        if (claim.dtype, claim.shape) != (first.dtype, first.shape):
-            raise StateError(
-                f"tensor '{name}': rank {first_rank} has {first.dtype}{list(first.shape)}, rank {rank} has "
-                f"{claim.dtype}{list(claim.shape)}. {ADVICE}",
-                path=name,
-                ranks=[first_rank, rank],
-            )
-    aliases = sorted({alias for _, claim in claims for alias in claim.aliases}, key=_utf8)
-    return TensorRow(name, first.dtype, first.shape, tuple(aliases))
+def _agree(ranks: Sequence[RankClaims]) -> tuple[tuple[TensorRow, ...], dict[int, Ints]]:
+    """The tensors of all ranks by name, and for each tuple of them, by identity, the number of each of its rows.
+
+    Raises StateError, which names two ranks, where ranks see a tensor differently.
+    """
+    tables: dict[int, int] = {}
+    for rank, claims in enumerate(ranks):
+        tables.setdefault(id(claims.tensors), rank)
+    seen: dict[str, tuple[int, TensorRow]] = {}
+    aliases: dict[str, set[str]] = {}
+    for rank in tables.values():
+        for row in ranks[rank].tensors:
+            first_rank, first = seen.setdefault(row.name, (rank, row))
+            if (row.dtype, row.shape) != (first.dtype, first.shape):
+                raise StateError(
+                    f"tensor '{row.name}': rank {first_rank} has {first.dtype}{list(first.shape)}, rank {rank} has "
+                    f"{row.dtype}{list(row.shape)}. {ADVICE}",
+                    path=row.name,
+                    ranks=[first_rank, rank],
+                )
+            if row.aliases:
+                aliases.setdefault(row.name, set()).update(row.aliases)
+    names = sorted(seen, key=_utf8)
+    number = {name: i for i, name in enumerate(names)}
+    tied = {name: tuple(sorted(more, key=_utf8)) for name, more in aliases.items()}
+    tensors = tuple(replace(seen[name][1], aliases=tied[name]) if name in tied else seen[name][1] for name in names)
+    return tensors, {table: ints(number[row.name] for row in ranks[rank].tensors) for table, rank in tables.items()}
 
 
 def _refuse_ambiguous_aliases(tensors: Iterable[TensorRow]) -> None:
@@ -109,115 +99,296 @@ def _refuse_ambiguous_aliases(tensors: Iterable[TensorRow]) -> None:
                 )
 
 
-def _divide(merged: Merged, number: int, row: TensorRow, claims: Sequence[tuple[int, Claim]]) -> list[_Piece]:
-    """The pieces of one tensor, each with its writer; fills in the exceptions and contested regions on the way."""
-    groups = _group(row.name, claims)
-    _prove(row, groups)
-    pieces = []
-    for region, rivals in groups.items():
-        winner = min(rivals, key=lambda group: group.present[0])
-        key = (row.name, region)
-        if len(rivals) > 1:
-            merged.contested.add(key)
-        if len(rivals) > 1 or len(winner.present) < len(winner.holders):
-            merged.exceptions[key] = tuple(winner.present)
-        held_by = tuple(sorted({rank for group in rivals for rank in group.present}))
-        for writer, box in writer_shares(row.name, region, ITEMSIZE[row.dtype], tuple(winner.present)):
-            pieces.append(_Piece(number, box, writer, held_by))
-    return pieces
+class _Sets:
+    """The distinct holder sets, numbered as they come."""
+
+    def __init__(self) -> None:
+        self.members: list[tuple[int, ...]] = []
+        self._numbers: dict[tuple[int, ...], int] = {}
+        self._known: dict[int, int] = {}
+
+    def number(self, members: tuple[int, ...]) -> int:
+        known = self._known.get(id(members))  # the claims keep theirs alive; to hash thousands of ranks takes longer
+        return self.add(members) if known is None else known
+
+    def add(self, members: tuple[int, ...]) -> int:
+        found = self._numbers.setdefault(members, len(self.members))
+        if found == len(self.members):
+            self.members.append(members)
+        self._known[id(self.members[found])] = found
+        return found
+
+    def sizes(self) -> Ints:
+        return ints(map(len, self.members))
+
+    def in_order(self, used: Ints) -> tuple[tuple[tuple[int, ...], ...], Int32s]:
+        """The sets that are used, in the order of their first use, and `used` by their new numbers."""
+        first = np.full(len(self.members), len(used))
+        np.minimum.at(first, used, np.arange(len(used)))
+        order = np.argsort(first, kind="stable")[: int((first < len(used)).sum())]
+        renamed = np.zeros(len(self.members), np.int32)
+        renamed[order] = np.arange(len(order))
+        return tuple(self.members[number] for number in order.tolist()), renamed[used]
 
 
-def _group(name: str, claims: Sequence[tuple[int, Claim]]) -> dict[Region, list[_Group]]:
-    """For each region, the groups of ranks that claim it. Ranks that only load a tensor claim nothing."""
-    groups: dict[Region, dict[tuple[int, ...], _Group]] = defaultdict(dict)
-    by_holders: dict[tuple[int, ...], tuple[int, tuple[Region, ...]]] = {}
-    for rank, claim in claims:
-        if rank not in claim.holders:
-            continue
-        other, regions = by_holders.setdefault(claim.holders, (rank, claim.regions))
-        if regions != claim.regions:
-            raise LayoutError(
-                f"tensor '{name}': ranks {other} and {rank} are replicas by their mesh, yet hold {_boxes(regions)} and "
-                f"{_boxes(claim.regions)}",
-                tensor=name,
-            )
-        for region in claim.regions:
-            groups[region].setdefault(claim.holders, _Group(claim.holders, [])).present.append(rank)
-    return {region: list(rivals.values()) for region, rivals in groups.items()}
+@dataclass(frozen=True, slots=True)
+class _Claims:
+    """What all ranks claim of the tensors from `low` on, below `high`, as columns.
 
-
-def _boxes(regions: Iterable[Region]) -> str:
-    return " ".join(map(str, regions)) or "nothing"
-
-
-def _prove(row: TensorRow, groups: Mapping[Region, Sequence[_Group]]) -> None:
-    """Invariant C4. An overlap between ranks is told as what it mostly is: local things under one global name."""
-    try:
-        prove_cover(row.name, row.shape, list(groups))
-    except LayoutError as error:
-        overlap = error.fields.get("overlap")
-        if overlap is None:
-            raise
-        ranks = sorted(
-            {r for box, rivals in groups.items() if box.intersect(overlap) for g in rivals for r in g.present}
-        )
-        raise StateError(
-            f"tensor '{row.name}': ranks {ranks} claim different regions that overlap in {overlap}. {ADVICE}",
-            path=row.name,
-            ranks=ranks,
-        ) from error
-
-
-def _lay_out(
-    pieces: list[_Piece], tensors: Sequence[TensorRow], block_bytes: int
-) -> tuple[tuple[Fragment, ...], tuple[tuple[int, ...], ...]]:
-    """Places in the writers' files, each file in the order of tensor and start, and the table of holder sets."""
-    pieces.sort(key=lambda piece: (piece.tensor, piece.region))
-    sets: dict[tuple[int, ...], int] = {}
-    by_writer: dict[int, list[int]] = defaultdict(list)
-    for index, piece in enumerate(pieces):
-        sets.setdefault(piece.holders, len(sets))
-        by_writer[piece.writer].append(index)
-    sizes = [piece.region.numel * ITEMSIZE[tensors[piece.tensor].dtype] for piece in pieces]
-    spots: dict[int, tuple[int, int]] = {}
-    for indices in by_writer.values():
-        offsets, blocks, _ = place([sizes[index] for index in indices], block_bytes)
-        spots.update(zip(indices, zip(offsets, blocks, strict=True), strict=True))
-    fragments = tuple(
-        Fragment(p.tensor, p.region, p.writer, spots[i][0], sizes[i], spots[i][1], sets[p.holders])
-        for i, p in enumerate(pieces)
-    )
-    return fragments, tuple(sets)
-
-
-def compare(
-    contested: Iterable[tuple[str, Region]],
-    ranks: Sequence[RankClaims],
-    samples: Samples,
-    replicas: Replicas,
-) -> bool:
-    """Refuse ranks that claim one region and differ in its samples (invariant C14).
-
-    False when samples that are needed were not sent, because the plan changed on another rank alone.
+    A claim is one tensor of one rank, ascending by rank: its tensor, less `low`, its holder set, and its `count` rows
+    of `start` and `stop` from `begin` on. `row` is the number of a row among the regions of its rank.
     """
-    if replicas == "first" or not contested:
-        return True
-    claims = [{claim.name: claim for claim in rank.claims} for rank in ranks]
-    for name, region in sorted(contested):
-        claimants = [rank for rank, by_name in enumerate(claims) if _claims(by_name.get(name), rank, region)]
-        hashes = [samples.get((rank, name, region)) for rank in claimants]
-        if None in hashes:
+
+    low: int
+    high: int
+    shapes: Ints
+    tensor: Ints
+    rank: Ints
+    holders: Ints
+    begin: Ints
+    count: Ints
+    row: Ints
+    start: Ints
+    stop: Ints
+
+
+def _gathered(
+    ranks: Sequence[RankClaims], tensors: Sequence[TensorRow], numbers: dict[int, Ints], sets: _Sets
+) -> Iterator[_Claims]:
+    """The claims, some tensors at a time. Ranks that only load a tensor claim nothing."""
+    ndim = max((len(row.shape) for row in tensors), default=0)
+    shapes = padded([row.shape for row in tensors], ndim)
+    set_numbers = [ints(map(sets.number, claims.holders)) for claims in ranks]
+    held = [claims.holds(rank) for rank, claims in enumerate(ranks)]
+    regions = np.zeros(len(tensors), np.int64)
+    for claims in ranks:
+        regions[numbers[id(claims.tensors)]] += np.diff(claims.first)
+    total, low = np.append(0, np.cumsum(regions * max(1, ndim))), 0
+    while low < len(tensors):
+        high = max(low + 1, int(np.searchsorted(total, total[low] + MAX_ITEMS, side="right")) - 1)
+        ends = {table: np.searchsorted(known, [low, high]).tolist() for table, known in numbers.items()}
+        mine = [(rank, claims, *ends[id(claims.tensors)]) for rank, claims in enumerate(ranks)]
+        mine = [part for part in mine if part[2] < part[3]]
+        none = [np.empty(0, np.int64)]
+        first = [claims.first[a : b + 1] for _, claims, a, b in mine]
+        boxes = Boxes.joined(
+            [c.boxes.part(int(at[0]), int(at[-1])) for (_, c, _, _), at in zip(mine, first, strict=True)]
+        )
+        count = np.concatenate(none + list(map(np.diff, first)))
+        start, stop = boxes.matrices(ndim)
+        kept = np.concatenate([np.empty(0, np.bool_), *(held[rank][a:b] for rank, _, a, b in mine)])
+        begin = np.cumsum(count) - count
+        yield _Claims(
+            low,
+            high,
+            shapes[low:high],
+            np.concatenate(none + [numbers[id(claims.tensors)][a:b] for _, claims, a, b in mine])[kept] - low,
+            np.repeat(ints(rank for rank, *_ in mine), ints(b - a for *_, a, b in mine))[kept],
+            np.concatenate(none + [set_numbers[rank][claims.held_by[a:b]] for rank, claims, a, b in mine])[kept],
+            begin[kept],
+            count[kept],
+            np.concatenate(none + [np.arange(at[0], at[-1]) for at in first]),
+            start,
+            stop,
+        )
+        low = high
+
+
+@dataclass(frozen=True, slots=True)
+class _Pieces:
+    """Fragments before they have a place in a file, by tensor and start."""
+
+    tensor: Int32s
+    boxes: Boxes
+    writer: Int32s
+    nbytes: Ints
+    holders: Ints
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Pieces]) -> _Pieces:
+        none = np.empty(0, np.int32)
+        return cls(
+            np.concatenate([none, *(part.tensor for part in parts)]),
+            Boxes.joined([part.boxes for part in parts]),
+            np.concatenate([none, *(part.writer for part in parts)]),
+            np.concatenate([none.astype(np.int64), *(part.nbytes for part in parts)]),
+            np.concatenate([none.astype(np.int64), *(part.holders for part in parts)]),
+        )
+
+
+def _divide(merged: Merged, claims: _Claims, tensors: Sequence[TensorRow], sets: _Sets) -> _Pieces:
+    """The pieces of these tensors, each with its writer; notes exceptions and rivals on the way."""
+    _refuse_false_replicas(claims, tensors, sets)
+    regions = _Regions.of(claims)
+    _prove(claims, regions, tensors)
+    sizes = sets.sizes()
+    alike = regions.alike & (regions.members == sizes[regions.holders])
+    filled = (regions.start < regions.stop).all(axis=1)
+    alone = np.flatnonzero(filled & alike & (regions.members == 1))
+    columns = [(regions.tensor[alone], regions.start[alone], regions.stop[alone], regions.first_rank[alone])]
+    held = [regions.holders[alone]]
+    for number in np.flatnonzero(~alike | (filled & (regions.members > 1))).tolist():
+        row, region = tensors[claims.low + int(regions.tensor[number])], regions.region(number, tensors, claims.low)
+        if alike[number]:
+            writers = members = sets.members[int(regions.holders[number])]
+        else:
+            present, holders, rows = regions.claimants(number)
+            writers = tuple(present[holders == holders[0]].tolist())
+            members = tuple(sorted(set(present.tolist())))
+            merged.exceptions[row.name, region] = writers
+            if not regions.alike[number]:
+                merged.rivals.add((row.name, region), present, claims.row[rows])
+        writer, boxes = writer_shares(row.name, region, ITEMSIZE[row.dtype], writers)
+        bounds = boxes.matrices(claims.shapes.shape[1])
+        columns.append((np.full(len(writer), regions.tensor[number]), *bounds, writer))
+        held.append(np.full(len(writer), sets.add(members)))
+    tensor, start, stop, writer = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    holders = np.concatenate(held)
+    if len(columns) > 1:
+        order = np.lexsort((_flat(claims.shapes, tensor, start), tensor))
+        tensor, start, stop, writer, holders = (each[order] for each in (tensor, start, stop, writer, holders))
+    itemsizes = ints(ITEMSIZE[row.dtype] for row in tensors[claims.low : claims.high])
+    ndim = ints(len(row.shape) for row in tensors[claims.low : claims.high])
+    return _Pieces(
+        (tensor + claims.low).astype(np.int32),
+        Boxes.cut(start, stop, ndim[tensor]),
+        writer.astype(np.int32),
+        (stop - start).prod(axis=1) * itemsizes[tensor],
+        holders,
+    )
+
+
+def _flat(shapes: Ints, tensor: Ints, corner: Ints) -> Ints:
+    """The index of an element in its flattened tensor: ascending as its indices are, dimension by dimension."""
+    strides = np.ones_like(shapes)
+    strides[:, :-1] = np.cumprod(np.maximum(shapes, 1)[:, :0:-1], axis=1)[:, ::-1]
+    found: Ints = (corner * strides[tensor]).sum(axis=1)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Regions:
+    """The distinct regions that are claimed, by tensor and start, and of each the ranks that claim it, ascending.
+
+    `order` are the rows of the claims by region; those of region i begin at `begin[i]`, and there are `members[i]`.
+    `alike`: they all name one holder set, which is `holders`; else that is the set of the lowest rank.
+    """
+
+    tensor: Ints
+    start: Ints
+    stop: Ints
+    begin: Ints
+    members: Ints
+    alike: Bools
+    holders: Ints
+    first_rank: Ints
+    order: Ints
+    rank_of: Ints
+    holders_of: Ints
+
+    @classmethod
+    def of(cls, claims: _Claims) -> _Regions:
+        rows = spans(claims.begin, claims.count)
+        tensor, rank, holders = (np.repeat(c, claims.count) for c in (claims.tensor, claims.rank, claims.holders))
+        order = by_file(tensor.astype(np.int32))
+        start, stop = claims.start[rows], claims.stop[rows]
+        keys = [_flat(claims.shapes + more, tensor, corner) for more, corner in ((1, stop), (0, start))]
+        if not _ascending(*(key[order] for key in (tensor, keys[1], keys[0]))):
+            order = np.lexsort((*keys, tensor))
+        tensor, rank, holders, start, stop = (each[order] for each in (tensor, rank, holders, start, stop))
+        new = opens(tensor, *start.T, *stop.T)
+        begin = np.flatnonzero(new)
+        alike = np.ones(0, np.bool_)
+        if len(begin):
+            alike = np.minimum.reduceat(holders, begin) == np.maximum.reduceat(holders, begin)
+        members = np.diff(np.append(begin, len(tensor)))
+        return cls(
+            tensor[begin],
+            start[begin],
+            stop[begin],
+            begin,
+            members,
+            alike,
+            holders[begin],
+            rank[begin],
+            rows[order],
+            rank,
+            holders,
+        )
+
+    def claimants(self, number: int) -> tuple[Ints, Ints, Ints]:
+        """Of one region: the ranks that claim it, the holder set that each names, and the rows of these claims."""
+        rows = slice(int(self.begin[number]), int(self.begin[number] + self.members[number]))
+        return self.rank_of[rows], self.holders_of[rows], self.order[rows]
+
+    def region(self, number: int, tensors: Sequence[TensorRow], low: int) -> Region:
+        ndim = len(tensors[low + int(self.tensor[number])].shape)
+        return Region(tuple(self.start[number, :ndim].tolist()), tuple(self.stop[number, :ndim].tolist()))
+
+
+def _ascending(*columns: Ints) -> bool:
+    """Whether rows are in order, the first column deciding first."""
+    undecided = np.ones(max(0, len(columns[0]) - 1), np.bool_)
+    for column in columns:
+        step = np.diff(column)
+        if (undecided & (step < 0)).any():
             return False
-        if len(set(hashes)) > 1:
-            other = next(rank for rank, found in zip(claimants, hashes, strict=True) if found != hashes[0])
-            raise StateError(
-                f"tensor '{name}' {region}: ranks {claimants[0]} and {other} hold different values under one "
-                f"name. {ADVICE}",
-                path=name,
-                ranks=[claimants[0], other],
-            )
+        undecided &= step == 0
     return True
 
 
-def _claims(claim: Claim | None, rank: int, region: Region) -> bool:
-    return claim is not None and rank in claim.holders and region in claim.regions
+def _refuse_false_replicas(claims: _Claims, tensors: Sequence[TensorRow], sets: _Sets) -> None:
+    """Ranks that name one holder set, which their mesh proves, hold the same regions in the same order."""
+    shared = np.flatnonzero(sets.sizes()[claims.holders] > 1)
+    shared = shared[np.lexsort((claims.holders[shared], claims.tensor[shared]))]
+    if not len(shared):
+        return
+    opening = opens(claims.tensor[shared], claims.holders[shared])
+    twin = shared[np.maximum.accumulate(np.where(opening, np.arange(len(shared)), 0))]
+    other = claims.count[shared] != claims.count[twin]
+    same = ~other
+    count = claims.count[shared][same]
+    rows, twins = spans(claims.begin[shared][same], count), spans(claims.begin[twin][same], count)
+    differs = (claims.start[rows] != claims.start[twins]).any(axis=1) | (claims.stop[rows] != claims.stop[twins]).any(
+        axis=1
+    )
+    other[np.repeat(np.flatnonzero(same), count)[differs]] = True
+    if not other.any():
+        return
+    at = min(np.flatnonzero(other).tolist(), key=lambda at: (claims.tensor[shared[at]], claims.rank[shared[at]]))
+    one, another = int(twin[at]), int(shared[at])
+    row = tensors[claims.low + int(claims.tensor[one])]
+    raise LayoutError(
+        f"tensor '{row.name}': ranks {claims.rank[one]} and {claims.rank[another]} are replicas by their mesh, yet "
+        f"hold {_boxes(claims, one, len(row.shape))} and {_boxes(claims, another, len(row.shape))}",
+        tensor=row.name,
+    )
+
+
+def _boxes(claims: _Claims, number: int, ndim: int) -> str:
+    rows = range(int(claims.begin[number]), int(claims.begin[number] + claims.count[number]))
+    bounds = ((claims.start[row, :ndim].tolist(), claims.stop[row, :ndim].tolist()) for row in rows)
+    return " ".join(str(Region(tuple(start), tuple(stop))) for start, stop in bounds) or "nothing"
+
+
+def _prove(claims: _Claims, regions: _Regions, tensors: Sequence[TensorRow]) -> None:
+    """Invariant C4. An overlap between ranks is told as what it mostly is: local things under one global name."""
+    filled = np.flatnonzero((regions.start < regions.stop).all(axis=1))
+    proved = tiled_in_order(regions.tensor[filled], claims.shapes, regions.start[filled], regions.stop[filled])
+    for number in np.flatnonzero(~proved).tolist():
+        row = tensors[claims.low + number]
+        mine = range(*np.searchsorted(regions.tensor, [number, number + 1]).tolist())
+        boxes = {regions.region(at, tensors, claims.low): at for at in mine}
+        try:
+            prove_cover(row.name, row.shape, list(boxes))
+        except LayoutError as error:
+            overlap = error.fields.get("overlap")
+            if overlap is None:
+                raise
+            hit = [regions.claimants(at)[0] for box, at in boxes.items() if box.intersect(overlap)]
+            ranks = np.unique(np.concatenate(hit)).tolist()
+            raise StateError(
+                f"tensor '{row.name}': ranks {ranks} claim different regions that overlap in {overlap}. {ADVICE}",
+                path=row.name,
+                ranks=ranks,
+            ) from error

@@ -188,15 +188,17 @@ class Pipeline:
 
     def _follow(self) -> None:
         while (attempt := self._captures.get()) is not None:
-            capture = attempt.capture
-            if capture is None:
-                continue
-            try:
-                capture.wait()
-            except Exception:
-                continue  # the thread of the saves meets the same error, and sees to it
+            self._follow_one(attempt)
+            del attempt  # with its capture: to let go of it at the next save would take that one's time
+
+    def _follow_one(self, attempt: Attempt) -> None:
+        if (capture := attempt.capture) is None:
+            return
+        with contextlib.suppress(Exception):  # the thread of the saves meets the same error, and sees to it
+            capture.wait()
             attempt.settle("copies")
 
     def _work(self) -> None:
         while (attempt := self._saves.get()) is not None:
             self.attend(attempt)
+            del attempt

@@ -87,7 +87,7 @@ class Shares:
         """
         rank, size = ranks
         boxes = boxes_of(holdings, rank, agreed.exceptions)
-        watched = tuple(watch(rank, size, holdings.claims.claims, None if full else agreed.contested))
+        watched = tuple(watch(rank, size, holdings.claims, None if full else agreed.contested))
         if last is not None and last.holdings is holdings and (last.boxes, last.watched) == (boxes, watched):
             return cls(holdings, agreed, full, boxes, last.sources, watched, last.plan)
         regions = {item.key: item for item in holdings.held}

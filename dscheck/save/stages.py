@@ -19,6 +19,7 @@ from dscheck.ranks.message import pack, unpack
 from dscheck.save.attempt import Attempt, Moment
 from dscheck.save.claims import unpack_exceptions
 from dscheck.save.coordinator import pack_row
+from dscheck.save.fragments import Layout
 from dscheck.save.handle import GRACE_S
 from dscheck.save.shares import Agreed, Box, PlanMaker, Shares, boxes_of
 from dscheck.save.write import DataFile
@@ -59,6 +60,7 @@ class Stages:
     ) -> None:
         self._storage, self._ranks, self._settings = storage, ranks, settings
         self._standing, self._make, self._check_stop = standing, make, check
+        self._layout: Layout | None = None
 
     def run(self, attempt: Attempt) -> None:
         """Commit it, or raise why not: the caller then tells the others."""
@@ -118,6 +120,12 @@ class Stages:
                 return made.boxes
         return boxes_of(shares.holdings, self._ranks.rank, agreed.exceptions)
 
+    def _layout_of(self, shares: Shares, boxes: tuple[Box, ...]) -> Layout:
+        known = self._layout
+        if known is None or not known.serves(shares.plan, boxes):
+            self._layout = known = Layout(shares.plan, boxes, shares.sources, self._settings.block_bytes)
+        return known
+
     def _write(self, attempt: Attempt, answer: Mapping[str, Any]) -> None:
         term, rank, trace, moment = answer["term"], self._ranks.rank, attempt.trace, attempt.moment
         if self._standing.confirmed != term:
@@ -133,7 +141,8 @@ class Stages:
         file = DataFile(
             self._storage, data_key(attempt.step, term, rank), self._settings, trace, lambda: self._check(attempt)
         )
-        row = file.write(rank, [box.nbytes for box in boxes], attempt.fragments(boxes), objects)
+        fragments = attempt.fragments(self._layout_of(moment.shares, boxes))
+        row = file.write(rank, fragments.layout.sizes, fragments, objects)
         attempt.handle.stats.written_s = time.monotonic() - attempt.handle.began
         try:
             self._join(attempt, "arrive", Ok(pack_row(row)))

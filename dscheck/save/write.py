@@ -13,9 +13,10 @@ from dscheck.config import Settings
 from dscheck.errors import DscheckError
 from dscheck.manifest.files import Extent, FileRow
 from dscheck.manifest.place import CHECKSUM_ALIGNMENT, align, block_count, place
+from dscheck.save.fragments import Fragments
 from dscheck.save.trace import Trace
 from dscheck.snapshot import Chunk
-from dscheck.storage.base import ObjectWriter, Storage
+from dscheck.storage.base import FileWriter, ObjectWriter, Storage
 
 JOINED_BYTES = 1 << 20
 BATCH_BYTES = 8 << 20
@@ -36,9 +37,9 @@ class Objects:
 class _Batched:
     """Joins small writes, so that thousands of scalars cost a few calls, and knows where in the file it is."""
 
-    def __init__(self, writer: ObjectWriter, trace: Trace, stop: Callable[[], None]) -> None:
+    def __init__(self, writer: ObjectWriter, trace: Trace, stop: Callable[[], None], offset: int = 0) -> None:
         self._writer, self._trace, self._stop, self._batch = writer, trace, stop, bytearray()
-        self.offset = 0
+        self.offset = offset
 
     def pad_to(self, offset: int) -> None:
         if offset > self.offset:
@@ -72,7 +73,7 @@ class DataFile:
     """The data file `key`, not there yet. `stop` is called between writes and raises to give up."""
 
     def __init__(self, storage: Storage, key: str, settings: Settings, trace: Trace, stop: Callable[[], None]) -> None:
-        self._storage, self._key, self._trace, self._stop = storage, key, trace, stop
+        self._storage, self._key, self._trace, self._stop, self._settings = storage, key, trace, stop, settings
         self._block_bytes = settings.block_bytes
 
     def write(self, rank: int, sizes: Sequence[int], fragments: Iterable[Iterable[Chunk]], objects: Objects) -> FileRow:
@@ -82,16 +83,13 @@ class DataFile:
         asked for. After any error, those that the chunks raise included, nothing is left that a reader could take for
         whole.
         """
-        offsets, _, _ = place(sizes, self._block_bytes)
         writer = self._storage.create(self._key)
         try:
-            out = _Batched(writer, self._trace, self._stop)
-            checksums = []
-            for offset, nbytes, chunks in zip(offsets, sizes, fragments, strict=True):
-                out.pad_to(offset)
-                checksums += self._stream(out, chunks, nbytes)
+            if isinstance(fragments, Fragments) and fragments.fillable and isinstance(writer, FileWriter):
+                out, crcs = self._fill(writer, fragments)
+            else:
+                out, crcs = self._stream(writer, sizes, fragments)
             out.pad_to(align(out.offset, CHECKSUM_ALIGNMENT))
-            crcs = np.concatenate(checksums) if checksums else np.empty(0, np.uint32)
             extents = [_append(out, text) for text in (crcs.astype("<u4").tobytes(), objects.ours, objects.mine)]
             out.flush()
             self._stop()
@@ -104,8 +102,28 @@ class DataFile:
             raise self._wrong(f"{size} bytes stored, {out.offset} written")
         return FileRow(rank, size, len(crcs), *extents)
 
-    def _stream(self, out: _Batched, chunks: Iterable[Chunk], nbytes: int) -> list[NDArray[np.uint32]]:
-        """Append one fragment, and return the checksums of its blocks, chunk by chunk.
+    def _fill(self, writer: FileWriter, fragments: Fragments) -> tuple[_Batched, NDArray[np.uint32]]:
+        """All fragments by native threads: the file is written up to where they end, and has these checksums."""
+        end = fragments.layout.end
+        with self._trace.span("fill the data file", end), writer.reserved(end) as file:
+            crcs = fragments.fill(file, self._settings)
+            if crcs is None:
+                self._stop()
+                raise self._wrong("not written in time")
+        return _Batched(writer, self._trace, self._stop, end), crcs
+
+    def _stream(
+        self, writer: ObjectWriter, sizes: Sequence[int], fragments: Iterable[Iterable[Chunk]]
+    ) -> tuple[_Batched, NDArray[np.uint32]]:
+        """The same, from this thread, in order."""
+        out, checksums = _Batched(writer, self._trace, self._stop), []
+        for offset, nbytes, chunks in zip(place(sizes, self._block_bytes)[0], sizes, fragments, strict=True):
+            out.pad_to(offset)
+            checksums += self._append(out, chunks, nbytes)
+        return out, np.concatenate(checksums) if checksums else np.empty(0, np.uint32)
+
+    def _append(self, out: _Batched, chunks: Iterable[Chunk], nbytes: int) -> list[NDArray[np.uint32]]:
+        """One fragment; returns the checksums of its blocks, chunk by chunk.
 
         All but its last chunk are multiples of the block length.
         """

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
+import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from dscheck.native import (
     Copier,
     NativeCapture,
     checksums,
+    collect,
     crc32c_blocks,
     matches,
     piece_sample,
@@ -28,7 +30,7 @@ from dscheck.native import (
     watched_sample,
 )
 from dscheck.snapshot.bits import bits
-from dscheck.snapshot.plan import CapturePlan, Pieces, Small
+from dscheck.snapshot.plan import CapturePlan, Pieces, Placement, Small
 
 SETTLE_S = 10.0
 """How long copies under way may take to end once their capture is given up."""
@@ -110,12 +112,15 @@ class Capture:
     def spans(self) -> list[Span]:
         """The copies and fences so far."""
         found = list(self.fences)
-        for index, (device, spilled, nbytes, began, ended) in enumerate(times(self._native)):
+        writes = []
+        for index, (device, spilled, nbytes, began, ended, put, stored) in enumerate(times(self._native)):
             if ended:
                 track = "capture host" if device == HOST else f"capture device {device}"
                 how = " (spilled)" if spilled else ""
                 found.append(Span(track, self._plan.piece_names(index) + how, began, ended, nbytes))
-        return found
+            if stored:
+                writes.append(Span("write", self._plan.piece_names(index), put, stored, nbytes))
+        return found + _side_by_side(writes)
 
     def fence(self, owner: Any | None = None) -> None:
         """Return when everything of `owner` (all owners: None) may change. Never raises: what fails here fails the
@@ -198,6 +203,40 @@ class Capture:
             yield from self._runs(layout)
         else:
             yield Chunk.of(self._in_order(layout, self._plan.sizes[index]), self._plan.block_bytes)
+
+    @property
+    def hashed(self) -> bool:
+        """Whether each source is compared with a hash of its moment as it is consumed: by `chunks` only."""
+        return self._plan.check
+
+    def write(self, file: int, placement: Placement, room: int, *, direct: bool, slice_bytes: int) -> None:
+        """Let native threads write all sources to their places in `file`, a descriptor, as they are captured, and free
+        them. Instead of `chunks`, which is left for what `placement` keeps.
+
+        room: bytes of the file that are asked of the disk at once. Raises OSError.
+        """
+        error = self._copier.write(
+            self._native, file, direct, slice_bytes, room,
+            placement.pieces, placement.smalls, placement.piece_blocks, placement.small_blocks,
+        )  # fmt: skip
+        if error:
+            raise OSError(error, os.strerror(error))
+
+    def await_written(self, blocks: np.ndarray[Any, np.dtype[np.uint32]]) -> bool:
+        """Return when all of it is in the file, with the CRC32C of each of the file's `blocks` that it has filled.
+
+        False: all is captured, and the deadline has passed. Raises OSError of a write, else as `wait` does.
+        """
+        done, error = self._copier.await_written(self._native, self._deadline)
+        if done:
+            collect(self._native, blocks)
+            return True
+        self._raise_failure()
+        if error:
+            raise OSError(error, os.strerror(error))
+        if not self._native.captured_s:
+            raise self._late()
+        return False
 
     def sample(self, index: int) -> bytes:
         """256 bytes of watched region `index`, as of construction."""
@@ -363,3 +402,14 @@ def _torn(name: str, why: str) -> TornSnapshotError:
         "Call `ckpt.fence()` before anything but an optimizer step changes the state",
         tensor=name,
     )
+
+
+def _side_by_side(spans: Iterable[Span]) -> list[Span]:
+    """Spans that overlap, on tracks of their own."""
+    ends: list[float] = []
+    found = []
+    for span in sorted(spans, key=lambda span: span.began):
+        free = next((number for number, end in enumerate(ends) if end <= span.began), len(ends))
+        ends[free : free + 1] = [span.ended]
+        found.append(replace(span, track=f"{span.track} {free + 1}"))
+    return found

@@ -25,7 +25,9 @@ class Capturer:
     def __init__(self, settings: Settings, steps: Callable[[Any], int]) -> None:
         self._settings, self._steps = settings, steps
         device_budget = settings.device_memory_bytes
-        self._copier = Copier(settings.copy_threads, None if device_budget == "auto" else device_budget)
+        self._copier = Copier(
+            settings.copy_threads, settings.io_threads, None if device_budget == "auto" else device_budget
+        )
         self._spill = device_budget != 0
         self._prepared: CapturePlan | None = None
         self._sized = False
@@ -60,13 +62,13 @@ class Capturer:
 
     def room(self, plan: CapturePlan) -> bool:
         """Whether all pieces would find their place now, with no wait for earlier captures to be written."""
-        if self._copier.has_room(plan.region_bytes):
+        if self._copier.has_room(plan.region_bytes, plan.longest):
             return True
         if self._copier.asked + plan.region_bytes <= self._budget(plan):
             self._copier.prepare(self._copier.asked + plan.region_bytes, plan.devices, 0)
             return True
         # Less than one capture's size: it passes through, and never fits whole.
-        if plan.region_bytes > self._budget(plan) and self._copier.has_room(0):
+        if plan.region_bytes > self._budget(plan) and self._copier.has_room(0, 0):
             return True
         self._copier.hurry()
         return False

@@ -152,8 +152,8 @@ class Fences:
 
 
 def _uses_cuda() -> bool:
-    return bool(torch.cuda.is_available() and torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
 def _records_graph() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return _uses_cuda() and torch.cuda.is_current_stream_capturing()

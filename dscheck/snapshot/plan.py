@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dscheck.errors import ConfigError
-from dscheck.native import HOST, PRIVATE, CaptureShape, has_cuda_driver
+from dscheck.native import DROPPED, HOST, KEPT, PRIVATE, CaptureShape, has_cuda_driver
 from dscheck.snapshot.bits import bits
 
 SMALL_ON_DEVICE = 128 << 10
@@ -103,6 +103,7 @@ class CapturePlan:
         self.copied: list[Copied] = []
         self.layouts: list[Small | Pieces] = []
         self.piece_source: list[int] = []
+        self.piece_offset: list[int] = []
         pieces, smalls = _Rows(), _Rows()
         self._slab = 0
         numbers = {id(owner): number for number, owner in enumerate(owners)}
@@ -127,6 +128,7 @@ class CapturePlan:
             self.watched.sizes, self.watched.devices, block_bytes, check,
         )  # fmt: skip
         self.region_bytes = self.shape.region_bytes
+        self.longest = int(self.pieces.sizes.max(initial=0))
 
     @property
     def owners(self) -> list[Any]:
@@ -158,6 +160,7 @@ class CapturePlan:
         for at in range(0, size, self._piece_bytes):
             pieces.add(tensor, delta + at, min(self._piece_bytes, size - at), device, owner)
             self.piece_source.append(number)
+            self.piece_offset.append(at)
         self.layouts.append(Pieces(start, len(pieces), dense))
 
     def _targets(self) -> list[int]:
@@ -175,6 +178,41 @@ class CapturePlan:
                 device = device if on_lane(local.device) else HOST
             rows.add(tensor, delta, size, device, PRIVATE)
         return rows.arrays()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """Where a plan's sources go in one file: byte offsets and first blocks of pieces and small tensors, as native
+    threads take them. `kept`: sources that are written by the caller.
+    """
+
+    pieces: np.ndarray[Any, np.dtype[np.uint64]]
+    smalls: np.ndarray[Any, np.dtype[np.uint64]]
+    piece_blocks: np.ndarray[Any, np.dtype[np.uint64]]
+    small_blocks: np.ndarray[Any, np.dtype[np.uint64]]
+    kept: frozenset[int]
+
+    @classmethod
+    def of(cls, plan: CapturePlan, places: Mapping[int, tuple[int, int]]) -> Placement:
+        """`places`: offset and first block by the number of the source; what is not there is not written."""
+        offsets, blocks = np.full((2, len(plan.sizes)), DROPPED, np.uint64)
+        for number, (offset, block) in places.items():
+            offsets[number], blocks[number] = offset, block
+        sources = np.array(plan.piece_source, np.int64)
+        small = np.array([number for number, layout in enumerate(plan.layouts) if isinstance(layout, Small)], np.int64)
+        permuted = [number for number in places if _is_permuted(plan.layouts[number])]
+        within = np.array(plan.piece_offset, np.uint64)
+        pieces, written = offsets[sources], offsets[sources] != DROPPED
+        pieces[written] += within[written]
+        pieces[np.isin(sources, permuted)] = KEPT
+        piece_blocks = blocks[sources]
+        piece_blocks[written] += within[written] // np.uint64(plan.block_bytes)
+        piece_blocks[~written | (pieces == KEPT)] = DROPPED
+        return cls(pieces, offsets[small], piece_blocks, blocks[small], frozenset(permuted))
+
+
+def _is_permuted(layout: Small | Pieces) -> bool:
+    return isinstance(layout, Pieces) and layout.dense is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from dscheck.errors import StateError
 
 KEY = "dscheck.rng"
 _SAMPLED_RANKS = 64
+_used: list[torch.device] = []
 
 
 def capture() -> Callable[[], dict[str, Any]]:
@@ -147,10 +148,11 @@ def _module(device: torch.device) -> Any:
 
 def _accelerator() -> torch.device | None:
     """The accelerator's kind if this process has used it: asking for its state would set it up otherwise."""
-    if not torch.accelerator.is_available():
-        return None
-    device = torch.accelerator.current_accelerator()
-    return device if device is not None and getattr(_module(device), "is_initialized", lambda: True)() else None
+    if not _used and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+        if device is not None and getattr(_module(device), "is_initialized", lambda: True)():
+            _used.append(device)  # for good; to ask the driver takes a third of a millisecond
+    return _used[0] if _used else None
 
 
 def _from_current(device: torch.device) -> list[torch.device]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -29,6 +30,17 @@ class ObjectWriter(Protocol):
 
     def abort(self) -> None:
         """Give up: close, and drop what a store would keep unseen (an unfinished upload). Never raises; idempotent."""
+
+
+@runtime_checkable
+class FileWriter(ObjectWriter, Protocol):
+    """The writer of an object that is a file of this machine, which native threads may fill."""
+
+    def reserved(self, nbytes: int) -> AbstractContextManager[int]:
+        """The descriptor of the file, nothing of which is written yet. The caller writes its first `nbytes` bytes
+        itself, at any positions, before it leaves; `write` goes on behind them. An OSError inside is raised as a
+        StorageError; after any error the writer is not usable.
+        """
 
 
 @runtime_checkable

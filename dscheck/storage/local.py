@@ -174,6 +174,13 @@ class _FileWriter:
             self._size += write_all(fd, memoryview(data))
         self._usable = True
 
+    @contextmanager
+    def reserved(self, nbytes: int) -> Iterator[int]:
+        with self._final("write to") as fd:
+            yield fd
+            self._size = os.lseek(fd, nbytes, os.SEEK_SET)
+        self._usable = True
+
     def commit(self) -> int:
         with self._final("commit") as fd:
             os.fsync(fd)
@@ -224,11 +231,14 @@ class _FileWriter:
             return False
 
 
-def write_all(fd: int, data: memoryview) -> int:
-    """All bytes of `data` (contiguous) are written, in as many calls as it takes; their number. Raises OSError."""
+def write_all(fd: int, data: memoryview, offset: int | None = None) -> int:
+    """All bytes of `data` (contiguous) are written, in as many calls as it takes, where the file stands or at `offset`;
+    their number. Raises OSError.
+    """
     rest = data.cast("B") if data.nbytes else memoryview(b"")
     while rest:
-        count = os.write(fd, rest)
+        done = data.nbytes - len(rest)
+        count = os.write(fd, rest) if offset is None else os.pwrite(fd, rest, offset + done)
         if count <= 0:
             raise OSError(errno.EIO, f"the last {len(rest)} of {data.nbytes} bytes could not be written")
         rest = rest[count:]

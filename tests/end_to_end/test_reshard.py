@@ -17,9 +17,9 @@ from dscheck import DscheckError, sharded
 from dscheck.commit import read_history
 from dscheck.commit.contents import Contents
 from dscheck.manifest.arrow import encode_plan
+from dscheck.manifest.fragments import Fragment, Fragments
 from dscheck.manifest.keys import plan_key, record_key
 from dscheck.manifest.place import block_count
-from dscheck.manifest.plan import Fragment
 from dscheck.manifest.record import Digest
 from dscheck.storage import Storage
 from tests.end_to_end.worlds import fresh, load, random_bits, same_bits, save
@@ -117,14 +117,14 @@ def states(
     return made, pairs
 
 
-def recounted(fragments: list[Fragment], block_bytes: int) -> tuple[Fragment, ...]:
+def recounted(fragments: list[Fragment], block_bytes: int) -> Fragments:
     """The fragments with their blocks counted anew in each file."""
     blocks: Counter[int] = Counter()
     first = {}
     for fragment in sorted(fragments, key=lambda f: f.offset):
         first[fragment] = blocks[fragment.writer]
         blocks[fragment.writer] += block_count(fragment.nbytes, block_bytes)
-    return tuple(replace(fragment, first_block=first[fragment]) for fragment in fragments)
+    return Fragments.of(replace(fragment, first_block=first[fragment]) for fragment in fragments)
 
 
 def without_fragment(root: Storage, number: int) -> str:
@@ -135,9 +135,7 @@ def without_fragment(root: Storage, number: int) -> str:
     contents = Contents.open(root, record)
     plan = contents.plan
     lost = plan.fragments[number % len(plan.fragments)]
-    text = encode_plan(
-        replace(plan, fragments=recounted([f for f in plan.fragments if f is not lost], plan.block_bytes))
-    )
+    text = encode_plan(replace(plan, fragments=recounted([f for f in plan.fragments if f != lost], plan.block_bytes)))
     digest = Digest(len(text), hashlib.sha256(text).hexdigest())
     root.put_if_absent(plan_key(record.term, digest.sha256), text)
     root.delete(record_key(1, record.term))

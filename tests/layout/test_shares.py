@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dscheck.errors import LayoutError
-from dscheck.layout import Region, prove_cover, writer_shares
+from dscheck.layout import Region, prove_cover
+from dscheck.layout import writer_shares as columns
 
 MIB = 1 << 20
 LARGE = (
@@ -26,6 +28,12 @@ LARGE = (
     (2, 131_073),
     (17, 19, 23, 41),
 )
+
+
+def writer_shares(name: str, region: Region, itemsize: int, holders: Sequence[int]) -> tuple[tuple[int, Region], ...]:
+    """The rows as pairs of a rank and a box."""
+    writers, boxes = columns(name, region, itemsize, holders)
+    return tuple(zip(writers.tolist(), map(boxes.region, range(len(boxes))), strict=True))
 
 
 @given(st.data())

@@ -12,8 +12,9 @@ from dscheck.errors import IncompleteCoverError
 from dscheck.layout.region import Region
 from dscheck.layout.runs import byte_runs
 from dscheck.load.needs import GAP_BYTES, READ_BYTES, needs_of, reads_of
+from dscheck.manifest.fragments import Fragment, Fragments
 from dscheck.manifest.place import place
-from dscheck.manifest.plan import Fragment, Plan, RankRow, TensorRow
+from dscheck.manifest.plan import Plan, RankRow, TensorRow
 
 BLOCK = 4096
 
@@ -27,7 +28,7 @@ def plan_of(shape: tuple[int, ...], *regions: Region, block_bytes: int = BLOCK) 
         fragments.append(Fragment(0, region, rank, offsets[0], size, blocks[0], rank))
     ranks = tuple(RankRow(rank, "host") for rank in range(len(regions)))
     holders = tuple((rank,) for rank in range(len(regions)))
-    return Plan((TensorRow("w", "float32", shape),), tuple(fragments), ranks, holders, block_bytes)
+    return Plan((TensorRow("w", "float32", shape),), Fragments.of(fragments), ranks, holders, block_bytes)
 
 
 @st.composite

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from dscheck.layout.region import Region
 from dscheck.manifest.dtypes import ITEMSIZE
+from dscheck.manifest.fragments import Fragment, Fragments
 from dscheck.manifest.place import place
-from dscheck.manifest.plan import Fragment, Plan, RankRow, TensorRow
+from dscheck.manifest.plan import Plan, RankRow, TensorRow
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
 shapes = st.tuples(
@@ -46,7 +47,7 @@ def plans(draw: st.DrawFn) -> Plan:
         mine = draw(st.permutations([k for k, w in enumerate(writers) if w == writer]))
         offsets, first_blocks, _ = place([sizes[k] for k in mine], block_bytes)
         at |= dict(zip(mine, zip(offsets, first_blocks, strict=True), strict=True))
-    fragments = tuple(
+    fragments = Fragments.of(
         Fragment(i, box, writers[k], at[k][0], sizes[k], at[k][1], held[k]) for k, (i, box) in enumerate(rows)
     )
     mesh = draw(st.lists(texts, max_size=2, unique=True))
@@ -89,7 +90,8 @@ def mutated(draw: st.DrawFn, plan: Plan) -> Plan:
         rows.insert(at, rows[at])
     else:
         rows[at], rows[-1] = rows[-1], rows[at]
-    return dataclasses.replace(plan, **{table: tuple(rows)})
+    changed: Any = Fragments.of(rows) if table == "fragments" else tuple(rows)
+    return dataclasses.replace(plan, **{table: changed})
 
 
 @st.composite
@@ -100,7 +102,9 @@ def changed_row(draw: st.DrawFn, row: Any) -> Any:
     name = draw(st.sampled_from([field.name for field in dataclasses.fields(row)]))
     value: Any = getattr(row, name)
     if isinstance(value, int):
-        value = draw(st.sampled_from([value + 1, value - 1, value + 64]) | numbers)
+        bits = 31 if name in ("tensor", "writer", "holders") else 63 if isinstance(row, Fragment) else 65
+        fitting = st.sampled_from([value + 1, value - 1, value + 64]) | numbers
+        value = draw(fitting.filter(lambda number: -(2**bits) <= number < 2**bits))
     elif isinstance(value, str):
         value = draw(st.sampled_from(["", "a", value + "z", "int8"]))
     elif isinstance(value, Region):

@@ -15,10 +15,11 @@ from dscheck.layout.region import Region
 from dscheck.manifest.arrow import encode_files, encode_plan
 from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.manifest.files import Extent, FileRow
+from dscheck.manifest.fragments import Fragment, Fragments
 from dscheck.manifest.keys import data_key, files_key, plan_key, record_key, term_key
 from dscheck.manifest.objects import encode_object, encode_objects
 from dscheck.manifest.place import CHECKSUM_ALIGNMENT, align, block_count, place
-from dscheck.manifest.plan import Fragment, Plan, RankRow, TensorRow
+from dscheck.manifest.plan import Plan, RankRow, TensorRow
 from dscheck.manifest.record import Counts, Digest, Record, Term
 from dscheck.native import crc32c
 
@@ -63,7 +64,7 @@ class Step:
                 TensorRow(name, whole.dtype, whole.array.shape, whole.aliases)
                 for name, whole in sorted(self.tensors.items())
             ),
-            tuple(
+            Fragments.of(
                 Fragment(i, region, writer, placed[k][0], sizes[k], placed[k][1], writer)
                 for k, (i, region, writer) in enumerate(cut)
             ),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from dscheck.manifest.dtypes import ITEMSIZE
-from dscheck.manifest.plan import Fragment, Plan
+from dscheck.manifest.fragments import Fragment
+from dscheck.manifest.plan import Plan
 
 
 def holds(plan: Plan) -> bool:

@@ -18,9 +18,10 @@ from dscheck.errors import CorruptCheckpointError, LayoutError
 from dscheck.layout.region import Region
 from dscheck.manifest.arrow import FRAGMENTS, decode_files, decode_plan, encode_files, encode_plan
 from dscheck.manifest.files import Extent, FileRow, validate_files
+from dscheck.manifest.fragments import Fragment, Fragments
 from dscheck.manifest.messages import walk
 from dscheck.manifest.place import place
-from dscheck.manifest.plan import Fragment, Plan, RankRow, TensorRow
+from dscheck.manifest.plan import Plan, RankRow, TensorRow
 from tests.manifest.plans import plans
 from tests.manifest.test_plan import PLAN
 
@@ -251,7 +252,7 @@ def test_a_hundred_thousand_fragments_take_less_than_a_second() -> None:
     offsets, first_blocks, _ = place([6400] * tensors, 1 << 18)
     plan = Plan(
         tuple(TensorRow(f"layers.{i:04}.w", "bfloat16", (5000, 64)) for i in range(tensors)),
-        tuple(
+        Fragments.of(
             Fragment(t, Region((50 * r, 0), (50 * r + 50, 64)), r, offsets[t], 6400, first_blocks[t], r)
             for t in range(tensors)
             for r in range(ranks)
@@ -323,7 +324,7 @@ def test_files_of_another_plan_are_refused() -> None:
         validate_files(rows[:1], PLAN)
     later = dataclasses.replace(PLAN.fragments[2], offset=128)
     with pytest.raises(LayoutError, match="checksums at 72; by the plan 3 at 136"):
-        validate_files(rows, dataclasses.replace(PLAN, fragments=(*PLAN.fragments[:2], later)))
+        validate_files(rows, dataclasses.replace(PLAN, fragments=Fragments.of([*PLAN.fragments[:2], later])))
     moved = dataclasses.replace(PLAN, fragments=PLAN.fragments[:2])
     with pytest.raises(LayoutError, match="data file 1 has 3 blocks with checksums at 72; by the plan 2 at 24"):
         validate_files(rows, moved)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections import Counter, defaultdict
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dscheck import StateError, sharded
 from dscheck.commit import read_history
@@ -19,7 +23,8 @@ from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.manifest.plan import Plan
 from dscheck.ranks.base import Ranks
 from dscheck.save.claims import Claim, RankClaims, share_of, watch
-from dscheck.save.merge import compare, merge
+from dscheck.save.merge import merge
+from dscheck.save.rivals import Samples
 from dscheck.state import FlatState, Proof, TensorLeaf
 from tests.end_to_end.worlds import fresh, job, load, open_on
 
@@ -31,7 +36,7 @@ def claim(name: str, shape: tuple[int, ...], *regions: Region, holders: tuple[in
 
 
 def ranks_of(*claims: list[Claim]) -> list[RankClaims]:
-    return [RankClaims("host", (("dp", rank),), tuple(rows)) for rank, rows in enumerate(claims)]
+    return [RankClaims.of("host", (("dp", rank),), rows) for rank, rows in enumerate(claims)]
 
 
 def written_by(plan: Plan) -> Counter[int]:
@@ -42,8 +47,43 @@ def written_by(plan: Plan) -> Counter[int]:
 
 
 def test_claims_survive_their_message() -> None:
-    claims = ranks_of([claim("a", (4, 3), Region((0, 0), (2, 3)), holders=(0, 5)), claim("b", (), holders=(0,))])[0]
-    assert RankClaims.decode(claims.encode()) == claims
+    rows = [
+        claim("a", (4, 3), Region((0, 0), (2, 3)), holders=(0, 5)),
+        claim("b", (), holders=(0,), proof="claim"),
+        claim("c", (7,), Region((0,), (2,)), Region((4,), (4,)), Region((5,), (7,)), holders=(0, 5)),
+        Claim("d", "int8", (0, 3), (), (1, 3, 5, 6, 8, 9, 10), "mesh", ("e", "\n")),
+    ]
+    claims = ranks_of(rows)[0]
+    found = RankClaims.decode(claims.encode(), 11)
+    assert found.encode() == claims.encode()
+    assert (found.host, found.mesh, found.tensors) == (claims.host, claims.mesh, claims.tensors)
+    assert [found.holders[at] for at in found.held_by] == [row.holders for row in rows]
+    assert found.unproved.tolist() == [False, True, False, False]
+    regions = [region for row in rows for region in row.regions]
+    assert [found.boxes.region(at) for at in range(len(found.boxes))] == regions
+    assert np.diff(found.first).tolist() == [1, 1, 3, 0]
+    assert RankClaims.decode(claims.encode(), 11).tensors is found.tensors
+
+
+def test_claims_that_do_not_fit_their_tensors_are_refused() -> None:
+    whole = ranks_of([claim("a", (4, 3), holders=(0, 1)), claim("b", (), holders=(0,))])[0]
+    own, tensors, columns = whole.encode().split(b"\n")
+    with pytest.raises(LayoutError, match="1 ranks"):
+        RankClaims.decode(whole.encode(), 1)
+    for lines in ((own, b"[]", columns), (b'["h",[],[]]', tensors, columns)):
+        with pytest.raises(LayoutError, match="claims of a rank"):
+            RankClaims.decode(b"\n".join(lines), 2)
+    swapped = json.dumps(json.loads(tensors)[::-1]).encode()
+    with pytest.raises(LayoutError, match="order of their names"):
+        RankClaims.decode(b"\n".join((own, swapped, columns)), 2)
+
+
+@given(st.sets(st.integers(0, 60)))
+def test_any_holder_set_survives_its_message(members: set[int]) -> None:
+    row = claim("a", (), holders=tuple(sorted(members)))
+    found = RankClaims.decode(ranks_of([row])[0].encode(), 61)
+    assert found.holders == (row.holders,)
+    assert found.holds(7).tolist() == [7 in members]
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 7, 16])
@@ -90,14 +130,14 @@ def test_one_region_claimed_without_proof_is_written_whole_by_one() -> None:
     merged = merge(ranks_of(*rows), 4096)
     assert written_by(merged.plan) == {0: 600_000 * 4}
     assert merged.plan.holders == ((0, 1, 2),)
-    assert merged.contested == {("x", Region.whole((600, 1000)))}
+    assert merged.rivals.regions == [("x", Region.whole((600, 1000)))]
 
 
 def test_two_meshes_that_claim_one_region_are_compared_and_one_of_them_writes() -> None:
     left, right = (claim("x", (600, 1000), holders=holders) for holders in ((0, 1), (2, 3)))
     merged = merge(ranks_of([left], [left], [right], [right]), 4096)
     assert set(written_by(merged.plan)) == {0, 1}
-    assert merged.contested
+    assert merged.rivals.regions
 
 
 def test_a_rank_that_only_loads_a_tensor_claims_nothing() -> None:
@@ -105,7 +145,7 @@ def test_a_rank_that_only_loads_a_tensor_claims_nothing() -> None:
     row = claim("mean", (5,), holders=(0,), proof="first")
     merged = merge(ranks_of([row], [row]), 4096)
     assert merged.plan.holders == ((0,),)
-    assert not merged.contested
+    assert not merged.rivals.regions
 
 
 def test_replicas_by_mesh_that_hold_other_regions_are_refused() -> None:
@@ -123,13 +163,17 @@ def test_an_alias_that_is_another_tensor_elsewhere_is_refused() -> None:
 def test_samples_that_differ_refuse_and_missing_ones_are_said() -> None:
     rows = [[claim("x", (4,), holders=(rank,), proof="claim")] for rank in range(2)]
     claims = ranks_of(*rows)
-    contested = merge(claims, 4096).contested
-    key = ("x", Region((0,), (4,)))
-    assert compare(contested, claims, {(0, *key): 5, (1, *key): 5}, "equal")
-    assert not compare(contested, claims, {(0, *key): 5}, "equal")
+    rivals = merge(claims, 4096).rivals
+
+    def of(*hashes: int | None) -> list[Samples]:
+        known = [([], []) if value is None else ([0], [value]) for value in hashes]
+        return [Samples(np.array(rows, np.int64), np.array(values, np.uint64)) for rows, values in known]
+
+    assert rivals.agree(lambda: of(5, 5), "equal")
+    assert not rivals.agree(lambda: of(5, None), "equal")
     with pytest.raises(StateError, match="ranks 0 and 1"):
-        compare(contested, claims, {(0, *key): 5, (1, *key): 6}, "equal")
-    assert compare(contested, claims, {(0, *key): 5, (1, *key): 6}, "first")
+        rivals.agree(lambda: of(5, 2**64 - 1), "equal")
+    assert rivals.agree(lambda: of(5, 6), "first")
 
 
 def test_in_steady_state_only_what_needs_comparing_is_sampled() -> None:
@@ -137,6 +181,19 @@ def test_in_steady_state_only_what_needs_comparing_is_sampled() -> None:
     assert [name for name, _ in watch(0, 2, rows, None)] == ["mesh", "plain"]
     assert [name for name, _ in watch(0, 2, rows, set())] == ["plain"]
     assert [name for name, _ in watch(0, 2, rows, {("mesh", Region((0,), (4,)))})] == ["mesh", "plain"]
+
+
+def test_the_coordinator_knows_what_each_rank_samples() -> None:
+    rows = [
+        claim("mesh", (4,), Region((0,), (1,)), Region((1,), (4,)), holders=(0,)),
+        claim("other", (4,), holders=(1,)),
+        claim("plain", (4,), holders=(0,), proof="claim"),
+    ]
+    claims, keys = ranks_of(rows)[0], [(row.name, region) for row in rows for region in row.regions]
+    for contested in (None, [], [1], [0, 1], [3]):
+        known = None if contested is None else {keys[row] for row in contested}
+        expected = [keys.index(key) for key in watch(0, 2, rows, known)]
+        assert claims.watched(0, None if contested is None else np.array(contested, np.int64)).tolist() == expected
 
 
 def test_the_ranks_table_keeps_every_mesh_coordinate() -> None:
