@@ -11,9 +11,10 @@ from typing import Protocol
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from benchmarks.raw_disk import Access, read_direct, write_direct
+from benchmarks.raw_disk import read_direct, write_direct
 from benchmarks.sharded_state import Live
 from dscheck import Checkpointer
+from dscheck.probe import Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Contender(Protocol):
 class RawDisk:
     """As many bytes as the state has, past the page cache; what is loaded is not looked at."""
 
-    def __init__(self, folder: Path, nbytes: int, write: Access, read: Access) -> None:
+    def __init__(self, folder: Path, nbytes: int, write: Way, read: Way) -> None:
         self._path, self._nbytes = folder / f"raw-{dist.get_rank()}", nbytes
         self._write, self._read = write, read
         self.direct = True

@@ -3,95 +3,52 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-# Of every direct transfer's length, whatever the disk.
-ALIGNMENT = 4096
+from dscheck.probe import Way, read_file, write_file
+
 WARM_BYTES = 4 << 20
+ONE_BLOCK = Way()
+WAYS = tuple(Way(True, mib << 20, threads) for mib in (1, 4, 16) for threads in (1, 2, 4))
 
 
-class Access(NamedTuple):
-    """How one process goes at a file: this many threads, each with one block under way."""
-
-    block_bytes: int = 4 << 20
-    threads: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.threads} x {self.block_bytes / (1 << 20):g} MiB"
+def write_direct(path: Path, nbytes: int, way: Way = ONE_BLOCK) -> bool:
+    """Write `nbytes`, rounded up to pages, durably, past the page cache; False: it had to be a buffered write."""
+    return _direct_or_not(lambda one: write_file(path, nbytes, one), way)
 
 
-ONE_BLOCK = Access()
-ACCESSES = tuple(Access(mib << 20, threads) for mib in (1, 4, 16) for threads in (1, 2, 4))
-
-
-def write_direct(path: Path, nbytes: int, access: Access = ONE_BLOCK) -> bool:
-    """Write `nbytes`, rounded up to ALIGNMENT, durably, past the page cache; False: it had to be a buffered write."""
-    fd, direct = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    try:
-        _each_block(nbytes, access, lambda part, offset: os.pwrite(fd, part, offset))
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    return direct
-
-
-def read_direct(path: Path, nbytes: int, access: Access = ONE_BLOCK) -> bool:
+def read_direct(path: Path, nbytes: int, way: Way = ONE_BLOCK) -> bool:
     """Read what `write_direct` wrote, past the page cache; False: it had to be a buffered read."""
-    fd, direct = _open(path, os.O_RDONLY)
-    try:
-        _each_block(nbytes, access, lambda part, offset: os.preadv(fd, [part], offset))
-    finally:
-        os.close(fd)
-    return direct
+    return _direct_or_not(lambda one: read_file(path, nbytes, one), way)
 
 
-def seconds_of(path: Path, nbytes: int, access: Access) -> tuple[float, float]:
+def seconds_of(path: Path, nbytes: int, way: Way) -> tuple[float, float]:
     """What `write_direct` and `read_direct` take; `path` is removed."""
     began = time.perf_counter()
-    write_direct(path, nbytes, access)
+    write_direct(path, nbytes, way)
     written = time.perf_counter()
-    read_direct(path, nbytes, access)
+    read_direct(path, nbytes, way)
     read = time.perf_counter()
     path.unlink()
     return written - began, read - written
 
 
-def _each_block(nbytes: int, access: Access, transfer: Callable[[memoryview, int], int]) -> None:
-    """`transfer` each block of a file: the threads take turns, so that the file is gone through from front to end."""
-
-    def work(thread: int) -> None:
-        stride = access.block_bytes * access.threads
-        with mmap.mmap(-1, access.block_bytes) as memory:
-            memory.write(os.urandom(1 << 16) * (access.block_bytes >> 16))
-            for offset in range(thread * access.block_bytes, nbytes, stride):
-                with memoryview(memory) as view, view[: _length(nbytes - offset, access)] as part:
-                    if transfer(part, offset) != len(part):
-                        raise OSError(errno.EIO, "short direct transfer")
-
-    if access.threads == 1:
-        work(0)
-        return
-    with ThreadPoolExecutor(access.threads) as pool:
-        list(pool.map(work, range(access.threads)))
+def shown(way: Way) -> str:
+    return f"{way.threads} x {way.block_bytes / (1 << 20):g} MiB"
 
 
-def _length(left: int, access: Access) -> int:
-    return min(access.block_bytes, -(-left // ALIGNMENT) * ALIGNMENT)
-
-
-def _open(path: Path, flags: int) -> tuple[int, bool]:
+def _direct_or_not(call: Callable[[Way], None], way: Way) -> bool:
     try:
-        return os.open(path, flags | os.O_DIRECT, 0o666), True
+        call(way)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
             raise
-        return os.open(path, flags, 0o666), False
+        call(way._replace(direct=False))
+        return False
+    return True
 
 
 def evict(folder: Path, *, everything: bool) -> str:

@@ -24,10 +24,11 @@ from typing import Any
 
 from benchmarks.launch import REPOSITORY, run_ranks, trouble
 from benchmarks.machine import describe, versions
-from benchmarks.raw_disk import ACCESSES, Access
+from benchmarks.raw_disk import WAYS, shown
 from benchmarks.rivals import ALL, PACKAGES
 from benchmarks.versus_page import page
 from benchmarks.versus_rank import OURS, Spec
+from dscheck.probe import Way
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 # Keeps freed memory in the process: on a virtual machine the host takes it back, and touching it again costs more than
@@ -82,23 +83,23 @@ class Versus:
             **given,
         )
 
-    def best(self) -> tuple[Access, Access, list[dict[str, Any]]]:
+    def best(self) -> tuple[Way, Way, list[dict[str, Any]]]:
         """How the raw disk is written and read fastest, and the rates of each way."""
         lines = self.run(self.spec("sweep", "sweep"), self.ranks)["lines"]
         rates = [
-            {"access": str(access)}
+            {"way": shown(way)}
             | {
-                verb: statistics.mean(line[verb] for line in lines if Access(*line["access"]) == access)
+                verb: statistics.mean(line[verb] for line in lines if Way(*line["way"]) == way)
                 for verb in ("write", "read")
             }
-            for access in ACCESSES
+            for way in WAYS
         ]
         write, read = (
-            ACCESSES[max(range(len(rates)), key=lambda index: float(rates[index][verb]))] for verb in ("write", "read")
+            WAYS[max(range(len(rates)), key=lambda index: float(rates[index][verb]))] for verb in ("write", "read")
         )
         return write, read, rates
 
-    def contender(self, name: str, write: Access, read: Access) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def contender(self, name: str, write: Way, read: Way) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Its facts, and a line for each piece of work in each round. Failures of others than dscheck are lines."""
         try:
             version(PACKAGES[name])
@@ -133,7 +134,7 @@ def measure(versus: Versus, names: Sequence[str], replicas: int) -> dict[str, An
     if free < needed:
         raise BenchmarkError(f"{free / 1e9:.1f} GB are free and {needed / 1e9:.1f} GB needed: choose another --dir")
     write, read, rates = versus.best()
-    found: dict[str, Any] = {"raw": {"write": str(write), "read": str(read), "rates": rates}, "lines": {}}
+    found: dict[str, Any] = {"raw": {"write": shown(write), "read": shown(read), "rates": rates}, "lines": {}}
     for name in names:
         print(f"versus: {name}", file=sys.stderr, flush=True)
         facts, found["lines"][name] = versus.contender(name, write, read)

@@ -131,7 +131,7 @@ def page(result: dict[str, Any]) -> str:
         blocked=_blocked(result["lines"]),
         rates=_table(
             ["", "write, GB/s", "read, GB/s"],
-            [[row["access"], f"{row['write'] / 1e9:.2f}", f"{row['read'] / 1e9:.2f}"] for row in raw["rates"]],
+            [[row["way"], f"{row['write'] / 1e9:.2f}", f"{row['read'] / 1e9:.2f}"] for row in raw["rates"]],
         ),
     )
 

@@ -21,10 +21,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks.contenders import Contender, RawDisk
 from benchmarks.launch import leave_group
-from benchmarks.raw_disk import ACCESSES, Access, evict, seconds_of, warm_page_cache
+from benchmarks.raw_disk import ONE_BLOCK, WAYS, evict, seconds_of, warm_page_cache
 from benchmarks.rivals import ALL
 from benchmarks.sharded_state import Layout, Live, gpt_shapes, live
 from benchmarks.versus_replicas import replicas
+from dscheck.probe import Way
 
 Part = Literal["sweep", "compare", "fewer", "more", "replicas"]
 OURS = "dscheck"
@@ -44,8 +45,8 @@ class Spec:
     device: str = "cpu"
     drop_caches: bool = True
     contender: str = OURS
-    write: tuple[int, int] = Access()
-    read: tuple[int, int] = Access()
+    write: tuple[bool, int, int] = ONE_BLOCK
+    read: tuple[bool, int, int] = ONE_BLOCK
 
 
 class WrongBytesError(Exception):
@@ -111,13 +112,11 @@ class Bench:
         """The raw disk, gone at in each way, by all ranks at once: bytes a second of writes and reads."""
         nbytes = min(self.spec.nbytes, SWEEP_BYTES) // dist.get_world_size()
         path = self.folder / f"raw-{dist.get_rank()}"
-        for access in ACCESSES:
+        for way in WAYS:
             for _ in range(2):
                 dist.barrier()
-                written, read = worst(
-                    dict(zip(("write", "read"), seconds_of(path, nbytes, access), strict=True))
-                ).values()
-                self.lines.append({"access": access, "write": total(nbytes) / written, "read": total(nbytes) / read})
+                written, read = worst(dict(zip(("write", "read"), seconds_of(path, nbytes, way), strict=True))).values()
+                self.lines.append({"way": way, "write": total(nbytes) / written, "read": total(nbytes) / read})
 
     def replicas(self) -> None:
         self.facts |= replicas(self.folder, self.shapes, self.mesh)
@@ -128,7 +127,7 @@ class Bench:
         return state
 
     def raw(self, nbytes: int) -> RawDisk:
-        return RawDisk(self.folder, nbytes, Access(*self.spec.write), Access(*self.spec.read))
+        return RawDisk(self.folder, nbytes, Way(*self.spec.write), Way(*self.spec.read))
 
     def contender(self, name: str, state: Live) -> Contender:
         return ALL[self.spec.contender](self.folder / name, state)

@@ -21,10 +21,11 @@ from benchmarks.gpt import GPT, Shape, cut_by_columns_and_rows, shard_fully
 from benchmarks.journal import Journal, read_journal
 from benchmarks.launch import REPOSITORY, run_ranks, trouble
 from benchmarks.machine import describe
-from benchmarks.raw_disk import ACCESSES, Access, evict, read_direct, seconds_of, write_direct
+from benchmarks.raw_disk import WAYS, evict, read_direct, seconds_of, write_direct
 from benchmarks.sharded_state import Layout, contents, gpt_shapes, live
 from benchmarks.versus_page import LEAST_OF_RAW, of_best_rival, of_raw, page, targets
 from benchmarks.versus_replicas import Counting, replicas
+from dscheck.probe import Way
 from dscheck.storage.memory import MemoryStorage
 
 SMALL = Shape(vocabulary=256, length=16, width=24, heads=4, hidden=30, layers=2)
@@ -205,17 +206,17 @@ def test_one_flipped_bit_of_a_loaded_state_is_named(layout: Layout) -> None:
     assert state.wrong() == ["layers.0.up.weight.exp_avg"]
 
 
-@pytest.mark.parametrize("access", [Access(), Access(1 << 20, 3)])
+@pytest.mark.parametrize("way", [Way(), Way(True, 1 << 20, 3)])
 @pytest.mark.parametrize("nbytes", [1, 4096, (4 << 20) + 5])
-def test_the_raw_disk_writes_and_reads_any_length(tmp_path: Path, nbytes: int, access: Access) -> None:
-    direct = write_direct(tmp_path / "file", nbytes, access)
+def test_the_raw_disk_writes_and_reads_any_length(tmp_path: Path, nbytes: int, way: Way) -> None:
+    direct = write_direct(tmp_path / "file", nbytes, way)
     assert 0 <= (tmp_path / "file").stat().st_size - nbytes < 4096
     assert evict(tmp_path, everything=False) == "posix_fadvise"
-    assert read_direct(tmp_path / "file", nbytes, access) == direct
+    assert read_direct(tmp_path / "file", nbytes, way) == direct
 
 
 def test_a_way_at_the_raw_disk_leaves_no_file(tmp_path: Path) -> None:
-    assert all(seconds > 0 for seconds in seconds_of(tmp_path / "file", 3 << 20, ACCESSES[-1]))
+    assert all(seconds > 0 for seconds in seconds_of(tmp_path / "file", 3 << 20, WAYS[-1]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -236,7 +237,7 @@ def measured(*rounds: tuple[float, float]) -> list[dict[str, object]]:
 
 
 def compared(lines: dict[str, list[dict[str, object]]]) -> dict[str, object]:
-    raw = {"write": "1 x 4 MiB", "read": "1 x 4 MiB", "rates": [{"access": "1 x 4 MiB", "write": 1e9, "read": 2e9}]}
+    raw = {"write": "1 x 4 MiB", "read": "1 x 4 MiB", "rates": [{"way": "1 x 4 MiB", "write": 1e9, "read": 2e9}]}
     facts = {"bytes": 10**9, "tensors": 7, "evicted_by": "drop_caches", "direct": True}
     machine = {"cpu": "c", "cores": 2, "memory_gib": 1, "disk": "ext4"}
     return {
