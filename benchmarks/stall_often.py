@@ -18,6 +18,7 @@ from dscheck import Checkpointer, SaveHandle
 
 # Checksums of what the bus brings take more than the default four.
 COPY_THREADS = 8
+# Of the alignment of pieces, and where the ring ends.
 SLACK_BYTES = 64 << 20
 # Drains end well within.
 EVERY = 4

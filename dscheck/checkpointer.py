@@ -27,6 +27,7 @@ from dscheck.errors import (
 )
 from dscheck.load.loader import Decision, Loader, Request
 from dscheck.load.report import LoadReport
+from dscheck.load.wire import open_wire
 from dscheck.manifest.keys import LARGEST
 from dscheck.ranks import open_ranks
 from dscheck.ranks.base import Ranks
@@ -77,6 +78,7 @@ class Checkpointer:
         self._ranks = ranks or open_ranks(
             self.settings.timeout_s, host=self.settings.store_host, port=self.settings.store_port
         )
+        self._wire = open_wire() if ranks is None else None
         self._fences = Fences()
         self._loads = 0
         self._unusable: str | None = None
@@ -163,7 +165,7 @@ class Checkpointer:
         self._fences.fence()
         self._saver.drain()
         self._loads += 1
-        loader = Loader(self.storage, self._ranks, self.settings, self._live, self._loads)
+        loader = Loader(self.storage, self._ranks, self.settings, self._live, self._loads, self._wire)
         try:
             request = _request(step, only, strict, convert_dtype)
         except ConfigError as error:

@@ -26,6 +26,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "block_bytes": (int,),
     "piece_bytes": (int,),
     "read_threads": (int,),
+    "read_memory_bytes": (int,),
     "host_memory_bytes": (int, str),
     "device_memory_bytes": (int, str),
     "copy_threads": (int,),
@@ -53,6 +54,7 @@ class Settings:
     block_bytes: length of a checksummed block, the unit of reading; a power of two, 4 KiB to 64 MiB.
     piece_bytes: length of one capture copy.
     read_threads: concurrent reads of one rank at load.
+    read_memory_bytes: most host memory for reads under way at load, but enough for five, which take 34 MiB each.
     host_memory_bytes: most host memory for captures that are not written yet; "auto": what this rank captures, once.
     device_memory_bytes: most device memory for what the host cannot take in time; "auto": what is free, less a reserve;
     0: none.
@@ -74,6 +76,7 @@ class Settings:
     block_bytes: int = 256 << 10
     piece_bytes: int = 32 * MIB
     read_threads: int = 4
+    read_memory_bytes: int = 256 * MIB
     host_memory_bytes: int | Auto = "auto"
     device_memory_bytes: int | Auto = "auto"
     copy_threads: int = 4
@@ -97,7 +100,8 @@ class Settings:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {get_args(choices)}")
         if not 4096 <= self.block_bytes <= 64 * MIB or self.block_bytes & (self.block_bytes - 1):
             raise ConfigError(f"block_bytes={self.block_bytes!r}: expected a power of two from 4096 to {64 * MIB}")
-        for name, least in (("piece_bytes", 4096), ("read_threads", 1), ("copy_threads", 1), ("io_threads", 1)):
+        least_of = {"piece_bytes": 4096, "read_threads": 1, "read_memory_bytes": 1, "copy_threads": 1, "io_threads": 1}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected at least {least}")
         for name, least in (("host_memory_bytes", 1), ("device_memory_bytes", 0), ("io_bytes_in_flight", 1)):

@@ -4,6 +4,7 @@
 #include "bindings/crc32c.h"
 #include "bindings/identity.h"
 #include "bindings/memory.h"
+#include "bindings/reader.h"
 
 NB_MODULE(_core, module) {
   nanobind::set_leak_warnings(false);  // a checkpointer may well outlive the interpreter's own end
@@ -11,4 +12,5 @@ NB_MODULE(_core, module) {
   dscheck::bind_crc32c(module);
   dscheck::bind_identity(module);
   dscheck::bind_memory(module);
+  dscheck::bind_reader(module);
 }

@@ -560,9 +560,8 @@ bool Copier::wait(Capture& capture, Clock::time_point deadline) {
 std::size_t Copier::await_run(Capture& capture, std::size_t first, std::size_t stop, Clock::time_point deadline) {
   std::unique_lock lock(mutex_);
   const std::vector<Piece>& pieces = capture.pieces;
-  const auto over = [&] { return capture.failed() || capture.released; };
-  changed_.wait_until(lock, deadline, [&] { return over() || pieces[first].summed; });
-  if (over() || !pieces[first].summed) return 0;
+  changed_.wait_until(lock, deadline, [&] { return capture.failed() || capture.released || pieces[first].summed; });
+  if (capture.failed() || !pieces[first].summed) return 0;
   std::size_t next = first + 1;
   const auto follows = [&](const Piece& piece, const Piece& last) {
     return piece.summed && piece.slot == last.slot + last.bytes &&

@@ -284,7 +284,10 @@ void Lane::work() {
     bool waiting = false, idle = true;
     try {
       const cuda::InContext current(driver, context);
-      if (spill.bytes() < spill_wanted) more_spill(lock);
+      if (spill.bytes() < spill_wanted) {
+        more_spill(lock);
+        idle = false;
+      }
       retire();
       waiting = advance_finished() || !flights.empty();
       if (flights.size() < kDepth) {

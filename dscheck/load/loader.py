@@ -14,10 +14,13 @@ from dscheck.commit import read_history
 from dscheck.commit.contents import Contents
 from dscheck.config import Settings
 from dscheck.errors import ConfigError, DscheckError, StateMismatchError
-from dscheck.load.needs import Need, needs_of, reads_of
-from dscheck.load.read import Reader
+from dscheck.load.counted import Counted
+from dscheck.load.fill import Filling, Split, split
+from dscheck.load.needs import Need, needs_of
+from dscheck.load.read import Checksums
 from dscheck.load.report import LoadReport
 from dscheck.load.saved import saved_state
+from dscheck.load.wire import Wire
 from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.manifest.keys import record_key
 from dscheck.manifest.record import Record, decode_record
@@ -58,14 +61,28 @@ class _Prepared(NamedTuple):
     contents: Contents
     restore: Restore
     needs: list[Need]
+    checksums: Checksums
 
 
 class Loader:
     """One load on one rank: `decide`, then `run`. `touched` tells whether live memory has been written to."""
 
-    def __init__(self, storage: Storage, ranks: Ranks, settings: Settings, live: LiveState, number: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        ranks: Ranks,
+        settings: Settings,
+        live: LiveState,
+        number: int,
+        wire: Wire | None = None,
+    ) -> None:
+        """Without a `wire` each rank reads all that it wants."""
         self._storage, self._ranks, self._settings, self._live, self._number = storage, ranks, settings, live, number
-        self._began = time.monotonic()
+        self._index, self._wire = Counted(storage), wire
+        self._began = self._since = time.monotonic()
+        self._phase_s: dict[str, float] = {}
+        self._next: str | None = "prepared"
+        """The round in which the other ranks will wait for this one; None: it has ended, and the load with it."""
         self._deadline = self._began + settings.timeout_s
         self.touched = False
 
@@ -89,7 +106,7 @@ class Loader:
 
     def run(self, request: Request, record: Record) -> LoadReport:
         """Load `record` into the live state. Collective: returns on all ranks or raises on all."""
-        prepared = self._act("prepared", lambda: self._prepare(request, record))
+        prepared = self._act(lambda: self._prepare(request, record))
         answer = self._exchange("prepared", Ok(pack(prepared.restore.unexpected)), _unexpected_everywhere)
         unexpected = tuple(unpack(answer))
         if unexpected and request.strict:
@@ -97,9 +114,34 @@ class Loader:
                 f"step {record.step} holds names that no rank has a place for: {_some(unexpected)}. Nothing was "
                 "loaded; load with strict=False to leave them out, or into the state that was saved"
             )
-        report = self._act("done", lambda: self._fill(record, prepared, unexpected))
-        self._exchange("done", Ok(), _nothing)
-        return report
+        self._clock("plan")
+        self._next = "shared"
+        parts = self._act(lambda: split(prepared.contents, prepared.needs, self._wire, self._deadline))
+        if self._wire is not None:
+            self._exchange("shared", Ok(), _nothing)
+        self._clock("share")
+        self._next = "pass-0" if parts.rounds else "done"
+        self.touched = True
+        filling = self._act(lambda: self._fill(prepared, parts))
+        self._clock("read")
+        rng = self._act(prepared.restore.finish)
+        read = filling.read + self._index.nbytes
+        read_by_all, once = unpack(self._exchange("done", Ok(pack([read, filling.once])), _sums))
+        self._clock("finish")
+        return LoadReport(
+            step=record.step,
+            term=record.term,
+            missing=prepared.restore.missing,
+            unexpected=unexpected,
+            rng=rng,
+            bytes=sum(need.box.numel * ITEMSIZE[need.row.dtype] for need in prepared.needs),
+            bytes_read=read,
+            bytes_received=filling.received,
+            bytes_read_by_all=read_by_all,
+            bytes_wanted_once=once,
+            seconds=time.monotonic() - self._began,
+            phase_s=self._phase_s,
+        )
 
     def refuse(self, phase: str, error: Exception) -> None:
         """Let no rank wait for this one in that round: it fails for all."""
@@ -121,7 +163,7 @@ class Loader:
         return self._see(request.step)
 
     def _see(self, step: int | None) -> bytes:
-        history = read_history(self._storage)
+        history = read_history(self._index)
         record = history.resolve(step)
         return pack(
             {
@@ -135,7 +177,7 @@ class Loader:
 
     def _prepare(self, request: Request, record: Record) -> _Prepared:
         """All that can be known before the first byte is placed: names, shapes, dtypes, cover. Touches nothing."""
-        contents = Contents.open(self._storage, record)
+        contents = Contents.open(self._index, record)
         saved = saved_state(contents, self._ranks.rank, self._ranks.size)
         restore = self._live.prepare(saved, request.only, request.strict)
         index = contents.plan.index()
@@ -147,40 +189,44 @@ class Loader:
             for part in target.parts
             for need in needs_of(contents.plan, index[target.name], part.region, part)
         ]
-        return _Prepared(contents, restore, needs)
-
-    def _fill(self, record: Record, prepared: _Prepared, unexpected: tuple[str, ...]) -> LoadReport:
-        contents, restore, needs = prepared
         checksums = contents.checksums(sorted({need.fragment.writer for need in needs}))
-        reads = reads_of(needs, contents.plan.block_bytes)
-        for device in {need.target.view.device for need in needs} - {torch.device("cpu")}:
-            torch.accelerator.synchronize(device)  # a step under way, on whatever stream, must not write over it
-        Reader(contents, checksums, self._deadline).run(reads, self._settings.read_threads)
-        rng = restore.finish()
-        return LoadReport(
-            step=record.step,
-            term=record.term,
-            missing=restore.missing,
-            unexpected=unexpected,
-            rng=rng,
-            bytes=sum(need.box.numel * ITEMSIZE[need.row.dtype] for need in needs),
-            bytes_read=sum(read.stop - read.start for read in reads) + sum(crcs.nbytes for crcs in checksums.values()),
-            seconds=time.monotonic() - self._began,
-        )
+        return _Prepared(contents, restore, needs, checksums)
 
-    def _act(self, phase: str, act: Callable[[], T]) -> T:
-        """This rank's part before the agreement of `phase`; its failure ends that agreement for all."""
-        self.touched = self.touched or phase == "done"
+    def _fill(self, prepared: _Prepared, parts: Split) -> Filling:
+        for device in {need.target.view.device for need in prepared.needs} - {torch.device("cpu")}:
+            torch.accelerator.synchronize(device)  # a step under way, on whatever stream, must not write over it
+        filling = Filling(self._storage, prepared.contents, prepared.checksums, self._settings, self._deadline)
+
+        def agree(number: int) -> None:
+            passing, self._next = f"pass-{number}", None
+            self._exchange(passing, Ok(), _nothing)
+            self._next = f"pass-{number + 1}" if number + 1 < parts.rounds else "done"
+
+        filling.run(parts, self._wire, agree)
+        return filling
+
+    def _act(self, act: Callable[[], T]) -> T:
+        """This rank's part before the next agreement; its failure ends that agreement for all."""
         try:
             return act()
         except Exception as error:
-            self.refuse(phase, error)
+            if self._next is not None:
+                self.refuse(self._next, error)
             raise
+
+    def _clock(self, phase: str) -> None:
+        """What has passed since the last call was `phase`."""
+        now = time.monotonic()
+        self._phase_s[phase], self._since = now - self._since, now
 
     def _exchange(self, phase: str, mine: Ok | Failed, decide: Callable[[Sequence[bytes]], bytes]) -> bytes:
         return self._ranks.exchange(
             f"load-{self._number}/{phase}", mine, decide, deadline=self._deadline, phase=f"load ({phase})"
         )
+
+
+def _sums(posts: Sequence[bytes]) -> bytes:
+    return pack([sum(numbers) for numbers in zip(*map(unpack, posts), strict=True)])
 
 
 def _unexpected_everywhere(posts: Sequence[bytes]) -> bytes:

@@ -220,3 +220,47 @@ def sample(data: NDArray[np.uint8]) -> bytes:
 
 def has_cuda_driver() -> bool:
     """Whether a CUDA driver and a device were found."""
+
+Blocks = tuple[int, int, NDArray[np.uint32]]
+"""Offset in the read, bytes, and the CRC32C of each block."""
+
+Copy = tuple[int, int, int, list[tuple[int, int, int]]]
+"""Offset of the first element in the read, address of the target, bytes of an element, and for each dimension its
+length and the steps in the read and in the target, in bytes.
+"""
+
+class File:
+    """An open file, by descriptors of its own: the caller may close `fd`. Raises RuntimeError in the system's words."""
+
+    def __init__(self, fd: int) -> None: ...
+
+class NativeReader:
+    """Native threads that read files past the page cache, verify blocks, and copy boxes: csrc/core/reader.h says all.
+
+    Deadlines are seconds of time.monotonic(). `device`: the CUDA device that the buffers are page-locked for, or -1.
+    A read without a file is filled by the caller. Targets of copies must stay alive until `stop` has returned. Raises
+    RuntimeError, MemoryError, and ValueError for blocks and copies outside of their read.
+    """
+
+    def __init__(self, threads: int, buffers: int, buffer_bytes: int, block_bytes: int, device: int) -> None: ...
+    def add(
+        self, file: File | None, start: int, nbytes: int, blocks: Sequence[Blocks], copies: Sequence[Copy], kept: bool
+    ) -> int: ...
+    def finished(self, deadline_s: float) -> int | None: ...
+    def fault(self) -> tuple[int, int, int, tuple[int, int] | None] | None:
+        """The read that failed, where in its file, an errno (0: the file ends there), and for a damaged block the
+        CRC32C stored and found.
+        """
+
+    def buffer(self, read: int) -> NDArray[np.uint8]: ...
+    def release(self, read: int) -> None: ...
+    def next_to_fill(self, deadline_s: float) -> int | None: ...
+    def filled(self, read: int) -> None: ...
+    def stop(self) -> None: ...
+
+def place(
+    data: NDArray[np.uint8], block_bytes: int, blocks: Sequence[Blocks], copies: Sequence[Copy]
+) -> tuple[int, int, int] | None:
+    """Verify and copy `data` as a Reader does. The offset of the first damaged block, its CRC32C stored and found: then
+    nothing was copied. Raises ValueError for blocks and copies outside of `data`.
+    """

@@ -90,7 +90,7 @@ def _broadcast(data: bytes, deadline: float) -> bytes:
     import torch.distributed as dist
 
     # Bytes in a tensor: broadcast_object_list would pickle.
-    padded = torch.frombuffer(bytearray(data.ljust(_ANNOUNCEMENT_BYTES)), dtype=torch.uint8).to(_group_device())
+    padded = torch.frombuffer(bytearray(data.ljust(_ANNOUNCEMENT_BYTES)), dtype=torch.uint8).to(group_device())
     work = dist.broadcast(padded, src=0, async_op=True)
     pause_s = 0.001
     try:
@@ -113,10 +113,15 @@ def _broadcast(data: bytes, deadline: float) -> bytes:
     return bytes(padded.cpu().tolist()).rstrip()
 
 
-def _group_device() -> torch.device:
-    """A device whose tensors the default group can move: the CPU when it can, else the first that it names."""
+def group_device(prefer_accelerator: bool = False) -> torch.device:
+    """A device whose tensors the default group can move: the CPU, or an accelerator where that is preferred, when it
+    can, else the first that it names.
+    """
     import torch
     import torch.distributed as dist
 
     devices = [pair.partition(":")[0] for pair in str(dist.get_backend_config()).split(",")]
-    return torch.device("cpu" if "cpu" in devices else devices[0])
+    accelerators = [device for device in devices if device != "cpu" and torch.accelerator.is_available()]
+    if "cpu" in devices and not (prefer_accelerator and accelerators):
+        return torch.device("cpu")
+    return torch.device(accelerators[0] if accelerators else devices[0])

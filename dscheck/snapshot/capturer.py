@@ -18,8 +18,8 @@ from dscheck.snapshot.plan import UNOWNED, CapturePlan, Source
 class Capturer:
     """Takes captures. Everything is ready ahead of time where `prepare` was called; else the first one waits for it.
 
-    The host region holds what one capture takes, or `host_memory_bytes`, whatever is less, and grows up to that budget
-    when several captures are under way. All methods are for the training thread but `close`.
+    The host region holds what two captures take, or `host_memory_bytes`, whatever is less, and grows up to that budget
+    when more of them are under way. All methods are for the training thread but `close`.
     """
 
     def __init__(self, settings: Settings, steps: Callable[[Any], int]) -> None:
@@ -115,7 +115,7 @@ class Capturer:
         return plan.region_bytes if budget == "auto" else budget
 
     def _share(self, plan: CapturePlan) -> int:
-        return min(plan.region_bytes, self._budget(plan))
+        return min(2 * plan.region_bytes + plan.longest, self._budget(plan))
 
     def _window(self, plan: CapturePlan) -> float:
         """Seconds that a lazy capture has before the first fence; 0: not known yet."""

@@ -75,3 +75,11 @@ class Storage(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove `key`, durably; one that is not there is no error."""
+
+
+@runtime_checkable
+class LocalFiles(Protocol):
+    """What a Storage may offer besides: its objects are files of this machine, which native threads read faster."""
+
+    def open_local(self, key: str) -> AbstractContextManager[tuple[int, int]]:
+        """A descriptor of `key`, open for reading until the context ends, and its size in bytes. Raises as `read`."""

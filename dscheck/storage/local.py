@@ -78,7 +78,7 @@ class LocalStorage:
             return _FileWriter(self, key, path, os.open(path, _CREATE, 0o666))
 
     def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
-        with self._opened(key) as (fd, size):
+        with self.open_local(key) as (fd, size):
             check_range(self.url, key, offset, length, size)
             stop = size if length is None else offset + length
             pieces = []
@@ -90,13 +90,30 @@ class LocalStorage:
         return b"".join(pieces)
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
-        with self._opened(key) as (fd, size):
+        with self.open_local(key) as (fd, size):
             stop = offset + buffer.nbytes
             check_range(self.url, key, offset, buffer.nbytes, size)
             while offset < stop:
                 count = os.preadv(fd, [buffer[offset - stop :]], offset)
                 self._check_progress(key, offset, stop, count)
                 offset += count
+
+    @contextmanager
+    def open_local(self, key: str) -> Iterator[tuple[int, int]]:
+        """The file of `key`, open for reading, and its size in bytes."""
+        path = self._path(key)
+        with self._reporting("read", key):
+            try:
+                fd = os.open(path, _READ)
+            except FileNotFoundError as error:
+                raise CheckpointNotFoundError(f"there is no '{path}'", url=self.url, key=key) from error
+            try:
+                info = os.fstat(fd)
+                if not stat.S_ISREG(info.st_mode):
+                    raise OSError(errno.EINVAL, "it is not a regular file")
+                yield fd, info.st_size
+            finally:
+                os.close(fd)
 
     def list(self, prefix: str) -> Iterator[Entry]:
         check_prefix(self.url, prefix)
@@ -126,23 +143,6 @@ class LocalStorage:
         with self._reporting("reach", key):
             self._directories.check(os.path.dirname(path))
         return path
-
-    @contextmanager
-    def _opened(self, key: str) -> Iterator[tuple[int, int]]:
-        """The file of `key`, open for reading, and its size in bytes."""
-        path = self._path(key)
-        with self._reporting("read", key):
-            try:
-                fd = os.open(path, _READ)
-            except FileNotFoundError as error:
-                raise CheckpointNotFoundError(f"there is no '{path}'", url=self.url, key=key) from error
-            try:
-                info = os.fstat(fd)
-                if not stat.S_ISREG(info.st_mode):
-                    raise OSError(errno.EINVAL, "it is not a regular file")
-                yield fd, info.st_size
-            finally:
-                os.close(fd)
 
     @contextmanager
     def _reporting(self, doing: str, key: str) -> Iterator[None]:

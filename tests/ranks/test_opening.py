@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from dscheck.errors import ConfigError
 from dscheck.ranks import Solo, open_ranks
-from dscheck.ranks.opening import _group_device
+from dscheck.ranks.opening import group_device
 
 
 def test_without_torch_distributed_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,4 +50,4 @@ def test_the_address_travels_on_a_device_that_the_group_can_move(
     monkeypatch: pytest.MonkeyPatch, backends: str, device: str
 ) -> None:
     monkeypatch.setattr(dist, "get_backend_config", lambda: backends)
-    assert _group_device().type == device
+    assert group_device().type == device

@@ -1,0 +1,116 @@
+#include "core/scatter.h"
+
+#include <algorithm>
+#include <cstring>
+#include <span>
+#include <utility>
+
+namespace dscheck {
+namespace {
+
+// Up to here 16 bytes at a time beat a call of memcpy.
+constexpr std::size_t kInline = 512;
+
+template <std::size_t kBytes>
+void copy_fixed(std::byte* to, const std::byte* from) noexcept {
+  std::byte chunk[kBytes];
+  std::memcpy(chunk, from, kBytes);
+  std::memcpy(to, chunk, kBytes);
+}
+
+template <std::size_t kBytes>
+void rows_fixed(const Axis& axis, const std::byte* from, std::byte* to) noexcept {
+  for (std::size_t i = 0; i < axis.count; ++i, from += axis.source, to += axis.target) copy_fixed<kBytes>(to, from);
+}
+
+// Rows of 2 * kBytes > bytes > kBytes: two copies that overlap.
+template <std::size_t kBytes>
+void rows_overlapping(const Axis& axis, std::size_t bytes, const std::byte* from, std::byte* to) noexcept {
+  const std::size_t last = bytes - kBytes;
+  for (std::size_t i = 0; i < axis.count; ++i, from += axis.source, to += axis.target) {
+    copy_fixed<kBytes>(to, from);
+    copy_fixed<kBytes>(to + last, from + last);
+  }
+}
+
+void rows_inline(const Axis& axis, std::size_t bytes, const std::byte* from, std::byte* to) noexcept {
+  const std::size_t last = bytes - 16;
+  for (std::size_t i = 0; i < axis.count; ++i, from += axis.source, to += axis.target) {
+    for (std::size_t at = 0; at < last; at += 16) copy_fixed<16>(to + at, from + at);
+    copy_fixed<16>(to + last, from + last);
+  }
+}
+
+void rows(const Axis& axis, std::size_t bytes, const std::byte* from, std::byte* to) noexcept {
+  switch (bytes) {
+    case 1:
+      return rows_fixed<1>(axis, from, to);
+    case 2:
+      return rows_fixed<2>(axis, from, to);
+    case 4:
+      return rows_fixed<4>(axis, from, to);
+    case 8:
+      return rows_fixed<8>(axis, from, to);
+    case 16:
+      return rows_fixed<16>(axis, from, to);
+    case 64:
+      return rows_fixed<64>(axis, from, to);
+    case 128:
+      return rows_fixed<128>(axis, from, to);
+  }
+  if (bytes == 3) return rows_overlapping<2>(axis, bytes, from, to);
+  if (bytes < 8) return rows_overlapping<4>(axis, bytes, from, to);
+  if (bytes < 16) return rows_overlapping<8>(axis, bytes, from, to);
+  if (bytes <= kInline) return rows_inline(axis, bytes, from, to);
+  for (std::size_t i = 0; i < axis.count; ++i, from += axis.source, to += axis.target) std::memcpy(to, from, bytes);
+}
+
+void copy(std::span<const Axis> axes, std::size_t row_bytes, const std::byte* from, std::byte* to) noexcept {
+  if (axes.empty()) {
+    std::memcpy(to, from, row_bytes);
+  } else if (axes.size() == 1) {
+    rows(axes.front(), row_bytes, from, to);
+  } else {
+    const Axis& outer = axes.front();
+    for (std::size_t i = 0; i < outer.count; ++i, from += outer.source, to += outer.target) {
+      copy(axes.subspan(1), row_bytes, from, to);
+    }
+  }
+}
+
+bool is_one(const Axis& axis) { return axis.count == 1; }
+
+}  // namespace
+
+Scatter::Scatter(std::size_t source, std::byte* target, std::size_t element_bytes, std::vector<Axis> axes)
+    : source_(source), target_(target), row_bytes_(element_bytes) {
+  std::erase_if(axes, is_one);
+  while (!axes.empty() && axes.back().source == static_cast<std::ptrdiff_t>(row_bytes_) &&
+         axes.back().target == static_cast<std::ptrdiff_t>(row_bytes_)) {
+    row_bytes_ *= axes.back().count;
+    axes.pop_back();
+  }
+  for (const Axis& axis : axes) {
+    const auto steps = static_cast<std::ptrdiff_t>(axis.count);
+    if (!axes_.empty() && axes_.back().source == steps * axis.source && axes_.back().target == steps * axis.target) {
+      axes_.back() = {axes_.back().count * axis.count, axis.source, axis.target};
+    } else {
+      axes_.push_back(axis);
+    }
+  }
+}
+
+std::size_t Scatter::source_end() const noexcept {
+  std::size_t last = source_ + row_bytes_;
+  for (const Axis& axis : axes_) {
+    if (axis.count == 0) return 0;
+    last += (axis.count - 1) * static_cast<std::size_t>(axis.source);
+  }
+  return row_bytes_ == 0 ? 0 : last;
+}
+
+void Scatter::operator()(const std::byte* buffer) const noexcept {
+  if (source_end() != 0) copy(axes_, row_bytes_, buffer + source_, target_);
+}
+
+}  // namespace dscheck

@@ -1,0 +1,127 @@
+"""Where verified bytes go: boxes of live host memory for native code, and for torch whatever is more than memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from dscheck.load.needs import Need
+from dscheck.manifest.dtypes import ITEMSIZE
+from dscheck.snapshot.bits import bits
+from dscheck.state.placements import Part
+from dscheck.state.tensors import torch_dtype
+
+Copy = tuple[int, int, int, list[tuple[int, int, int]]]
+"""A box for native code: the offset of its first element in the bytes read, the address of its target, the bytes of an
+element, and for each dimension its length and the steps in both, in bytes.
+"""
+
+_HOST = torch.device("cpu")
+
+
+def is_plain(need: Need) -> bool:
+    """Whether the stored bytes, as they are, belong to host memory at some strides."""
+    view: torch.Tensor = need.target.view
+    same = view.device == _HOST and view.dtype is torch_dtype(need.row.dtype)
+    return same and view.layout is torch.strided and not view.is_conj() and not view.is_neg()
+
+
+def copy_of(need: Need, base: int) -> Copy:
+    """A plain need for native code; `base` is where its fragment would begin in the bytes read, maybe before them."""
+    part: Part = need.target
+    itemsize = ITEMSIZE[need.row.dtype]
+    stored = [step * itemsize for step in _row_major(need.fragment.region.shape)]
+    live = [step * itemsize for step in part.view.stride()]
+    source, target = base, part.view.data_ptr()
+    for start, outer, own, far, near in zip(
+        need.box.start, need.fragment.region.start, part.region.start, stored, live, strict=True
+    ):
+        source += (start - outer) * far
+        target += (start - own) * near
+    return source, target, itemsize, list(zip(need.box.shape, stored, live, strict=True))
+
+
+def mark_written(needs: Iterable[Need]) -> None:
+    """Autograd, and whoever watches version counters, sees that the host memory of `needs` has changed."""
+    views = {id(need.target): need.target.view for need in needs if need.target.view.device == _HOST}
+    torch.autograd.graph.increment_version([view for view in views.values() if not view.is_inference()])
+
+
+class Deliveries:
+    """Needs that torch writes: of other dtypes, and of devices, through a stream of their own beside the host's work.
+
+    Bytes on their way to a device are in use until their delivery is over.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.Stream] = {}
+        self._under_way: list[tuple[torch.Tensor, Callable[[], object], list[torch.Event]]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._under_way)
+
+    def start(
+        self, buffer: torch.Tensor, needs: Sequence[tuple[Need, int]], over: Callable[[], object] = lambda: None
+    ) -> None:
+        """Needs of `buffer` (bytes, on any device), each with its base as in `copy_of`; `over` is called by `tidy`."""
+        for need, base in needs:
+            device = need.target.view.device
+            if device == _HOST:
+                _deliver(need, buffer, base)
+            else:
+                with self._stream(device):
+                    _deliver(need, buffer, base)
+        devices = {need.target.view.device for need, _ in needs} - {_HOST}
+        self._under_way.append((buffer, over, [self._stream(device).record_event() for device in devices]))
+
+    def tidy(self) -> None:
+        """End what has arrived."""
+        under_way, self._under_way = self._under_way, []
+        for buffer, over, events in under_way:
+            if all(event.query() for event in events):
+                over()
+            else:
+                self._under_way.append((buffer, over, events))
+
+    def finish(self) -> None:
+        """Return when everything has arrived."""
+        for stream in self._streams.values():
+            stream.synchronize()
+
+    def _stream(self, device: torch.device) -> torch.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.Stream(device)
+        return self._streams[device]
+
+
+def _deliver(need: Need, buffer: torch.Tensor, base: int) -> None:
+    part: Part = need.target
+    dtype = torch_dtype(need.row.dtype)
+    view = part.view[need.box.relative_to(part.region.start).slices()] if part.view.ndim else part.view
+    first, span, strides = _extent(need, base, dtype.itemsize)
+    stored = buffer[first : first + span * dtype.itemsize].to(view.device, non_blocking=True)
+    if first % dtype.itemsize:  # behind blocks that are no whole elements
+        stored = stored.clone()
+    elements = stored.view(dtype).as_strided(need.box.shape, strides)
+    with torch.no_grad():
+        if view.dtype is not dtype or view.is_conj() or view.is_neg():
+            view.detach().copy_(elements)
+        else:
+            bits(view).copy_(bits(elements))
+
+
+def _extent(need: Need, base: int, itemsize: int) -> tuple[int, int, list[int]]:
+    """Of the box in the bytes read: its first byte, the elements it spans, and its strides in elements."""
+    strides = _row_major(need.fragment.region.shape)
+    inner = need.box.relative_to(need.fragment.region.start)
+    first = base + itemsize * sum(a * s for a, s in zip(inner.start, strides, strict=True))
+    return first, 1 + sum((n - 1) * s for n, s in zip(need.box.shape, strides, strict=True)), strides
+
+
+def _row_major(shape: Sequence[int]) -> list[int]:
+    strides, step = [], 1
+    for length in reversed(shape):
+        strides.append(step)
+        step *= length
+    return strides[::-1]

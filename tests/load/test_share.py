@@ -1,0 +1,151 @@
+"""Who reads what: every byte that is wanted by one rank alone or read once for all who want it, in bounded rounds."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dscheck.layout.region import Region
+from dscheck.layout.runs import byte_runs
+from dscheck.load import share
+from dscheck.load.needs import Need, needs_of, reads_of
+from dscheck.load.share import Range, clipped, decode, divided, encode, schedule, wanted
+from dscheck.manifest.place import place
+from dscheck.manifest.plan import Fragment, TensorRow
+from tests.load.test_needs import boxes, plan_of
+
+BLOCK = 256
+PIECE = 4 * BLOCK
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_pieces() -> Iterator[None]:
+    """As of large tensors."""
+    before = share.PIECE_BYTES, share.READ_BYTES_A_ROUND, share.RECEIVED_BYTES_A_ROUND
+    share.PIECE_BYTES, share.READ_BYTES_A_ROUND, share.RECEIVED_BYTES_A_ROUND = PIECE, 2 * PIECE, 6 * PIECE
+    yield
+    share.PIECE_BYTES, share.READ_BYTES_A_ROUND, share.RECEIVED_BYTES_A_ROUND = before
+
+
+@st.composite
+def wants(draw: st.DrawFn) -> tuple[list[list[Need]], int]:
+    """What 1 to 5 ranks want of one tensor in a few row fragments, and its rows."""
+    rows, columns = draw(st.integers(1, 30)), draw(st.integers(1, 60))
+    cuts = sorted({0, rows, *draw(st.lists(st.integers(0, rows), max_size=3))})
+    plan = plan_of((rows, columns), *(Region((a, 0), (b, columns)) for a, b in pairwise(cuts)), block_bytes=BLOCK)
+    found = []
+    for _ in range(draw(st.integers(1, 5))):
+        region = Region.whole((rows, columns))
+        if draw(st.booleans()):
+            top, left = draw(st.integers(0, rows - 1)), draw(st.integers(0, columns - 1))
+            bottom, right = draw(st.integers(top + 1, rows)), draw(st.integers(left + 1, columns))
+            region = Region((top, left), (bottom, right))
+        found.append(list(needs_of(plan, 0, region, None)))
+    return found, rows
+
+
+def bytes_of(needs: list[Need]) -> Counter[tuple[int, int]]:
+    """How often each byte of each data file is placed."""
+    found: Counter[tuple[int, int]] = Counter()
+    for need in needs:
+        for offset, length in byte_runs(need.fragment.region, need.box, 4):
+            found.update((need.fragment.writer, need.fragment.offset + offset + i) for i in range(length))
+    return found
+
+
+@given(wants())
+def test_each_rank_gets_each_byte_once_whoever_reads_it(case: tuple[list[list[Need]], int]) -> None:
+    needs, _ = case
+    ranges = [wanted(of_rank, BLOCK) for of_rank in needs]
+    assert [decode(encode(of_rank)) for of_rank in ranges] == ranges
+    shared = schedule(ranges)
+    assert all(one.reader in one.members and len(one.members) > 1 for one in shared)
+    read: Counter[Range] = Counter(one.range for one in shared)
+    assert set(read.values()) <= {1}
+    for rank, of_rank in enumerate(needs):
+        mine = [one.range for one in shared if rank in one.members]
+        private, parts = divided(of_rank, mine, BLOCK)
+        assert bytes_of([*private, *(need for part in parts.values() for need in part)]) == bytes_of(of_rank)
+        for range_, part in parts.items():
+            for need in part:
+                start, stop = need.extent(BLOCK)
+                assert range_.start <= start
+                assert stop <= range_.stop
+        others = {
+            (r.file, b) for one in ranges if one is not ranges[rank] for r in one for b in range(r.start, r.stop, 64)
+        }
+        for read_ in reads_of(private, BLOCK):
+            for need in read_.needs:
+                start, stop = need.extent(BLOCK)
+                assert not {(read_.rank, b) for b in range(start, stop, 64)} & others, "read by others as well"
+
+
+@given(wants())
+def test_rounds_are_bounded_and_come_in_order(case: tuple[list[list[Need]], int]) -> None:
+    ranges = [wanted(of_rank, BLOCK) for of_rank in case[0]]
+    shared = schedule(ranges)
+    assert all(one.range.nbytes < 2 * PIECE + BLOCK for one in shared)
+    reads, received = defaultdict(list), defaultdict(list)
+    for one in shared:
+        reads[one.reader, one.round].append(one.range.nbytes)
+        for member in one.members:
+            if member != one.reader:
+                received[member, one.round].append(one.range.nbytes)
+    for sizes in reads.values():
+        assert len(sizes) <= share.READS_A_ROUND
+        assert len(sizes) == 1 or sum(sizes) <= share.READ_BYTES_A_ROUND
+    assert all(len(sizes) == 1 or sum(sizes) <= share.RECEIVED_BYTES_A_ROUND for sizes in received.values())
+    for rank in range(len(ranges)):
+        rounds = [one.round for one in shared if one.reader == rank]
+        assert rounds == sorted(rounds)
+
+
+def test_replicas_share_evenly_and_a_rank_with_much_of_its_own_reads_less_for_others() -> None:
+    plan = plan_of((4000, 256), Region((0, 0), (4000, 256)), block_bytes=BLOCK)
+    whole = [Range(0, start, start + PIECE) for start in range(0, 400_000, PIECE)]
+    shared = schedule([whole] * 8)
+    loads = Counter(one.reader for one in shared)
+    assert max(loads.values()) - min(loads.values()) <= 1
+    assert wanted(needs_of(plan, 0, Region.whole((4000, 256)), None), BLOCK)[0].nbytes == PIECE
+    private = [Range(1, start, start + PIECE) for start in range(0, 100_000, PIECE)]
+    loads = Counter(one.reader for one in schedule([whole, [*whole, *private]]))
+    assert loads[0] - loads[1] == pytest.approx(len(private), abs=1)
+
+
+def test_nothing_wanted_twice_is_nothing_shared() -> None:
+    assert schedule([[Range(0, 0, 100)], [Range(0, 100, 200)], []]) == []
+    assert schedule([]) == []
+    assert decode(encode([])) == []
+
+
+def test_small_tensors_side_by_side_are_one_range_with_what_aligns_them() -> None:
+    offsets, blocks, _ = place([12] * 100, BLOCK)
+    region = Region((0,), (3,))
+    fragments = [Fragment(i, region, 0, offsets[i], 12, blocks[i], 0) for i in range(100)]
+    needs = [Need(fragment, TensorRow("w", "float32", (3,)), region, 0, 1, None) for fragment in fragments]
+    found = wanted(needs, BLOCK)
+    assert len(found) == -(-100 * 64 // PIECE)
+    assert (found[0].start, found[-1].stop) == (0, 99 * 64 + 12)
+    assert all(before.stop == after.start - 52 for before, after in pairwise(found))
+    without = wanted(needs[:10] + needs[11:], BLOCK)
+    assert Range(0, 10 * 64, 10 * 64 + 12) not in without
+    assert without[0].stop == 9 * 64 + 12, "what nobody wants is not joined over"
+
+
+@given(boxes(), st.data())
+def test_a_clipped_need_is_the_part_in_those_blocks(case: tuple[tuple[int, ...], Region], data: st.DataObject) -> None:
+    shape, region = case
+    needs = list(needs_of(plan_of(shape, Region.whole(shape), block_bytes=BLOCK), 0, region, None))
+    cut = data.draw(st.integers(0, 40)) * BLOCK
+    low, high = Range(0, 0, cut), Range(0, cut, 1 << 40)
+    parts = [part for need in needs for range_ in (low, high) for part in clipped(need, range_, BLOCK)]
+    assert sum(part.box.numel for part in parts) == region.numel
+    for part in parts:
+        for offset, length in byte_runs(Region.whole(shape), part.box, 4):
+            assert (offset < cut) == (part.first * BLOCK < cut)
+            assert offset + length <= cut or offset >= cut
