@@ -1,15 +1,23 @@
 #include "core/scatter.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 #include <span>
 #include <utility>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 namespace dscheck {
 namespace {
 
 // Up to here 16 bytes at a time beat a call of memcpy.
 constexpr std::size_t kInline = 512;
+
+// More than a core's second cache has room for.
+constexpr std::size_t kStreamed = std::size_t{1} << 20;
 
 template <std::size_t kBytes>
 void copy_fixed(std::byte* to, const std::byte* from) noexcept {
@@ -41,6 +49,47 @@ void rows_inline(const Axis& axis, std::size_t bytes, const std::byte* from, std
   }
 }
 
+#if defined(__SSE2__)
+
+constexpr std::size_t kLine = 64;
+constexpr std::size_t kAhead = 1024;
+
+// Of what is larger than the caches, reading each line of the target before it is overwritten would cost as much as
+// reading the source. On Zen 4, rows of 64 to 2048 bytes to every second row of 64 MiB: 1.0 of one memcpy, not 0.55.
+bool streams(std::span<const Axis> axes, std::size_t row_bytes, const std::byte* to) noexcept {
+  const auto whole_lines = [](const Axis& axis) { return axis.target % static_cast<std::ptrdiff_t>(kLine) == 0; };
+  std::size_t bytes = row_bytes;
+  for (const Axis& axis : axes) bytes *= axis.count;
+  return bytes >= kStreamed && row_bytes % kLine == 0 && reinterpret_cast<std::uintptr_t>(to) % kLine == 0 &&
+         std::all_of(axes.begin(), axes.end(), whole_lines);
+}
+
+void rows_streamed(const Axis& axis, std::size_t bytes, const std::byte* from, std::byte* to) noexcept {
+  // Rows apart are no stream to the prefetcher: 1.3 times as fast.
+  const std::ptrdiff_t ahead = axis.source * static_cast<std::ptrdiff_t>(bytes < kAhead ? kAhead / bytes : 1);
+  for (std::size_t i = 0; i < axis.count; ++i, from += axis.source, to += axis.target) {
+    for (std::size_t at = 0; at < bytes; at += kLine) {
+      __builtin_prefetch(from + ahead + at);
+      const auto* const source = reinterpret_cast<const __m128i*>(from + at);
+      auto* const target = reinterpret_cast<__m128i*>(to + at);
+      const __m128i a = _mm_loadu_si128(source), b = _mm_loadu_si128(source + 1);
+      const __m128i c = _mm_loadu_si128(source + 2), d = _mm_loadu_si128(source + 3);
+      _mm_stream_si128(target, a);
+      _mm_stream_si128(target + 1, b);
+      _mm_stream_si128(target + 2, c);
+      _mm_stream_si128(target + 3, d);
+    }
+  }
+  _mm_sfence();
+}
+
+#else
+
+bool streams(std::span<const Axis>, std::size_t, const std::byte*) noexcept { return false; }
+void rows_streamed(const Axis&, std::size_t, const std::byte*, std::byte*) noexcept {}
+
+#endif
+
 void rows(const Axis& axis, std::size_t bytes, const std::byte* from, std::byte* to) noexcept {
   switch (bytes) {
     case 1:
@@ -53,10 +102,10 @@ void rows(const Axis& axis, std::size_t bytes, const std::byte* from, std::byte*
       return rows_fixed<8>(axis, from, to);
     case 16:
       return rows_fixed<16>(axis, from, to);
+    case 32:
+      return rows_fixed<32>(axis, from, to);
     case 64:
       return rows_fixed<64>(axis, from, to);
-    case 128:
-      return rows_fixed<128>(axis, from, to);
   }
   if (bytes == 3) return rows_overlapping<2>(axis, bytes, from, to);
   if (bytes < 8) return rows_overlapping<4>(axis, bytes, from, to);
@@ -65,16 +114,12 @@ void rows(const Axis& axis, std::size_t bytes, const std::byte* from, std::byte*
   for (std::size_t i = 0; i < axis.count; ++i, from += axis.source, to += axis.target) std::memcpy(to, from, bytes);
 }
 
+template <auto kRows>
 void copy(std::span<const Axis> axes, std::size_t row_bytes, const std::byte* from, std::byte* to) noexcept {
-  if (axes.empty()) {
-    std::memcpy(to, from, row_bytes);
-  } else if (axes.size() == 1) {
-    rows(axes.front(), row_bytes, from, to);
-  } else {
-    const Axis& outer = axes.front();
-    for (std::size_t i = 0; i < outer.count; ++i, from += outer.source, to += outer.target) {
-      copy(axes.subspan(1), row_bytes, from, to);
-    }
+  if (axes.size() <= 1) return kRows(axes.empty() ? Axis{1, 0, 0} : axes.front(), row_bytes, from, to);
+  const Axis& outer = axes.front();
+  for (std::size_t i = 0; i < outer.count; ++i, from += outer.source, to += outer.target) {
+    copy<kRows>(axes.subspan(1), row_bytes, from, to);
   }
 }
 
@@ -110,7 +155,12 @@ std::size_t Scatter::source_end() const noexcept {
 }
 
 void Scatter::operator()(const std::byte* buffer) const noexcept {
-  if (source_end() != 0) copy(axes_, row_bytes_, buffer + source_, target_);
+  if (source_end() == 0) return;
+  if (streams(axes_, row_bytes_, target_)) {
+    copy<rows_streamed>(axes_, row_bytes_, buffer + source_, target_);
+  } else {
+    copy<rows>(axes_, row_bytes_, buffer + source_, target_);
+  }
 }
 
 }  // namespace dscheck

@@ -57,6 +57,22 @@ def test_a_scatter_equals_its_slow_twin(case: tuple[int, int, Axes, int, int], r
     assert target.tobytes() == bytes(expected)
 
 
+@pytest.mark.parametrize("row", [64, 128, 4096])
+@pytest.mark.parametrize("shift", [0, 1, 16])
+def test_a_large_box_past_the_caches_equals_numpy(row: int, shift: int) -> None:
+    rows = (2 << 20) // row
+    data = np.random.default_rng(row).integers(0, 256, (rows, 2 * row), dtype=np.uint8)
+    around = np.zeros(rows * 3 * row + 128, np.uint8)
+    start = -around.ctypes.data % 64 + shift
+    target = around[start : start + rows * 3 * row].reshape(rows, 3 * row)
+    axes = [(rows, 2 * row, 3 * row), (row, 1, 1)]
+    assert place(data.reshape(-1), 4096, [], [(row, target.ctypes.data + row, 1, axes)]) is None
+    expected = np.zeros_like(target)
+    expected[:, row : 2 * row] = data[:, row:]
+    assert (target == expected).all()
+    assert around.sum(dtype=np.int64) == expected.sum(dtype=np.int64)
+
+
 @pytest.mark.parametrize("axes", [[(0, 1, 1)], [(3, 8, 8), (0, 1, 1)], [(0, 8, 8), (4, 1, 1)]])
 def test_an_empty_box_reads_and_writes_nothing(axes: Axes) -> None:
     assert place(np.zeros(0, np.uint8), 4096, [], [(0, 0, 1, axes)]) is None
