@@ -42,7 +42,7 @@ native-thread: SANITIZE := thread
 native-plain native-address native-thread:
 	cmake -S . -B build/$@ -DDSCHECK_TESTS=ON -DDSCHECK_SANITIZE=$(SANITIZE) -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/$@ --parallel
-	ctest --test-dir build/$@ --output-on-failure
+	ctest --test-dir build/$@ --output-on-failure --parallel 2
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

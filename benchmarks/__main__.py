@@ -2,6 +2,6 @@
 
 import sys
 
-from benchmarks import versus
+from benchmarks import kernels, versus
 
-sys.exit(versus.main())
+sys.exit(versus.main() or kernels.main())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 from benchmarks.raw_disk import read_direct, write_direct
 from benchmarks.sharded_state import Live
 from dscheck import Checkpointer
+from dscheck.probe import Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +29,11 @@ class Saved:
 class Contender(Protocol):
     """One way to save and load below a folder of its own. All calls are made by all ranks together."""
 
-    name: str
-
     def save(self, step: int) -> Saved:
         """Save the state it was made with, durably."""
 
-    def load(self, step: int, into: Live) -> float:
-        """Fill `into`, and return how many bytes were read for each byte wanted; 0 when it does not say."""
+    def load(self, step: int, into: Live) -> int:
+        """Fill `into`, and return how many bytes this rank read; 0 when it does not say."""
 
     def remove(self, step: int) -> None:
         """Free the disk of what `save` made. Called on one rank."""
@@ -46,38 +44,30 @@ class Contender(Protocol):
 class RawDisk:
     """As many bytes as the state has, past the page cache; what is loaded is not looked at."""
 
-    name = "raw disk"
-
-    def __init__(self, folder: Path, state: Live) -> None:
-        folder.mkdir(exist_ok=True)
-        self._folder, self._path, self._nbytes = folder, folder / f"{dist.get_rank()}.bin", state.nbytes()
+    def __init__(self, folder: Path, nbytes: int, write: Way, read: Way) -> None:
+        self._path, self._nbytes = folder / f"raw-{dist.get_rank()}", nbytes
+        self._write, self._read = write, read
         self.direct = True
 
-    def save(self, step: int) -> Saved:
+    def save(self) -> Saved:
         began = time.perf_counter()
-        self.direct &= write_direct(self._path, self._nbytes)
+        self.direct &= write_direct(self._path, self._nbytes, self._write)
         seconds = time.perf_counter() - began
         return Saved(seconds, seconds, seconds)
 
-    def load(self, step: int, into: Live) -> float:
-        self.direct &= read_direct(self._path, self._nbytes)
-        return 1.0
+    def load(self) -> None:
+        self.direct &= read_direct(self._path, self._nbytes, self._read)
 
-    def remove(self, step: int) -> None:
-        shutil.rmtree(self._folder)
-        self._folder.mkdir()
-
-    def close(self) -> None: ...
+    def remove(self) -> None:
+        self._path.unlink()
 
 
 class Dscheck:
     """A Checkpointer that lives through all rounds, as one does in training."""
 
-    name = "dscheck"
-
     def __init__(self, folder: Path, state: Live) -> None:
         self._root = folder
-        self._ckpt = Checkpointer(folder, _mapping(state), rng=False)
+        self._ckpt = Checkpointer(folder, state.mapping(), rng=False)
 
     def save(self, step: int) -> Saved:
         began = time.perf_counter()
@@ -88,11 +78,11 @@ class Dscheck:
         handle.wait()
         return Saved(returned, free, time.perf_counter() - began)
 
-    def load(self, step: int, into: Live) -> float:
-        with Checkpointer(self._root, _mapping(into), rng=False) as ckpt:
+    def load(self, step: int, into: Live) -> int:
+        with Checkpointer(self._root, into.mapping(), rng=False) as ckpt:
             ckpt.load(step)
             assert ckpt.loaded is not None
-            return ckpt.loaded.bytes_read / ckpt.loaded.bytes
+            return ckpt.loaded.bytes_read
 
     def remove(self, step: int) -> None:
         shutil.rmtree(self._root / "steps" / str(step))
@@ -104,8 +94,6 @@ class Dscheck:
 class Dcp:
     """torch.distributed.checkpoint, a new folder a save."""
 
-    name = "torch DCP"
-
     def __init__(self, folder: Path, state: Live) -> None:
         self._folder, self._state = folder, state
 
@@ -115,9 +103,9 @@ class Dcp:
         seconds = time.perf_counter() - began
         return Saved(seconds, seconds, seconds)
 
-    def load(self, step: int, into: Live) -> float:
+    def load(self, step: int, into: Live) -> int:
         dcp.load(into.named(), checkpoint_id=self._folder / str(step))
-        return 0.0
+        return 0
 
     def remove(self, step: int) -> None:
         shutil.rmtree(self._folder / str(step))
@@ -128,18 +116,9 @@ class Dcp:
 class DcpAsync(Dcp):
     """The same with async_save, which copies the state before it returns."""
 
-    name = "torch DCP, async_save"
-
     def save(self, step: int) -> Saved:
         began = time.perf_counter()
         future = dcp.async_save(self._state.named(), checkpoint_id=self._folder / str(step))
         returned = time.perf_counter() - began
         future.result()
         return Saved(returned, returned, time.perf_counter() - began)
-
-
-ALL: tuple[Callable[[Path, Live], Contender], ...] = (RawDisk, Dscheck, Dcp, DcpAsync)
-
-
-def _mapping(state: Live) -> dict[str, object]:
-    return {"model": state.model, "optimizer": state.optimizer}

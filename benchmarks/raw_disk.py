@@ -1,58 +1,54 @@
-"""What the disk itself gives: O_DIRECT in chunks of 4 MiB, and caches that hold nothing of what is read."""
+"""What the disk itself gives to direct I/O, and caches that hold nothing of what is read."""
 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-CHUNK_BYTES = 4 << 20
-# Of every direct transfer's length, whatever the disk.
-ALIGNMENT = 4096
+from dscheck.probe import Way, read_file, write_file
+
+WARM_BYTES = 4 << 20
+ONE_BLOCK = Way()
+WAYS = tuple(Way(True, mib << 20, threads) for mib in (1, 4, 16) for threads in (1, 2, 4))
 
 
-def write_direct(path: Path, nbytes: int) -> bool:
-    """Write `nbytes`, rounded up to ALIGNMENT, durably, past the page cache; False: it had to be a buffered write."""
-    with mmap.mmap(-1, CHUNK_BYTES) as chunk:
-        chunk.write(os.urandom(CHUNK_BYTES))
-        fd, direct = _open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        try:
-            for offset in range(0, nbytes, CHUNK_BYTES):
-                with memoryview(chunk) as view, view[: _length(nbytes - offset)] as part:
-                    if os.pwrite(fd, part, offset) != len(part):
-                        raise OSError(errno.EIO, "short direct write")
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    return direct
+def write_direct(path: Path, nbytes: int, way: Way = ONE_BLOCK) -> bool:
+    """Write `nbytes`, rounded up to pages, durably, past the page cache; False: it had to be a buffered write."""
+    return _direct_or_not(lambda one: write_file(path, nbytes, one), way)
 
 
-def read_direct(path: Path, nbytes: int) -> bool:
+def read_direct(path: Path, nbytes: int, way: Way = ONE_BLOCK) -> bool:
     """Read what `write_direct` wrote, past the page cache; False: it had to be a buffered read."""
-    with mmap.mmap(-1, CHUNK_BYTES) as chunk:
-        fd, direct = _open(path, os.O_RDONLY)
-        try:
-            for offset in range(0, nbytes, CHUNK_BYTES):
-                with memoryview(chunk) as view, view[: _length(nbytes - offset)] as part:
-                    if os.preadv(fd, [part], offset) != len(part):
-                        raise OSError(errno.EIO, "short direct read")
-        finally:
-            os.close(fd)
-    return direct
+    return _direct_or_not(lambda one: read_file(path, nbytes, one), way)
 
 
-def _length(left: int) -> int:
-    return min(CHUNK_BYTES, -(-left // ALIGNMENT) * ALIGNMENT)
+def seconds_of(path: Path, nbytes: int, way: Way) -> tuple[float, float]:
+    """What `write_direct` and `read_direct` take; `path` is removed."""
+    began = time.perf_counter()
+    write_direct(path, nbytes, way)
+    written = time.perf_counter()
+    read_direct(path, nbytes, way)
+    read = time.perf_counter()
+    path.unlink()
+    return written - began, read - written
 
 
-def _open(path: Path, flags: int) -> tuple[int, bool]:
+def shown(way: Way) -> str:
+    return f"{way.threads} x {way.block_bytes / (1 << 20):g} MiB"
+
+
+def _direct_or_not(call: Callable[[Way], None], way: Way) -> bool:
     try:
-        return os.open(path, flags | os.O_DIRECT, 0o666), True
+        call(way)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
             raise
-        return os.open(path, flags, 0o666), False
+        call(way._replace(direct=False))
+        return False
+    return True
 
 
 def evict(folder: Path, *, everything: bool) -> str:
@@ -64,13 +60,17 @@ def evict(folder: Path, *, everything: bool) -> str:
             return "drop_caches"
         except OSError:
             pass
-    for path in (path for path in folder.rglob("*") if path.is_file()):
+    for path in _files(folder):
         fd = os.open(path, os.O_RDONLY)
         try:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(fd)
     return "posix_fadvise"
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
 
 
 def warm_page_cache(path: Path, nbytes: int) -> None:
@@ -80,8 +80,8 @@ def warm_page_cache(path: Path, nbytes: int) -> None:
     through the page cache and synced took 4.8 s in memory as it was found, 0.7 s in memory that a file had just left.
     Touching anonymous memory instead was seen to change nothing.
     """
-    chunk = bytes(CHUNK_BYTES)
+    chunk = bytes(WARM_BYTES)
     with path.open("wb", buffering=0) as file:
-        for _ in range(-(-nbytes // CHUNK_BYTES)):
+        for _ in range(-(-nbytes // WARM_BYTES)):
             file.write(chunk)
     path.unlink()

@@ -13,8 +13,10 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-Layout = Literal["rows", "columns", "stages"]
-"""Every tensor cut by rows over the ranks (as FSDP does), by columns, or whole layers a rank (as pipelines do)."""
+Layout = Literal["rows", "columns", "stages", "whole"]
+"""Every tensor cut by rows over the ranks (as FSDP does), by columns, whole layers a rank (as pipelines do), or all on
+every rank (as DDP does).
+"""
 
 KINDS = ("", "exp_avg", "exp_avg_sq")
 BYTES_EACH = 4 * len(KINDS)
@@ -56,6 +58,10 @@ class Live:
             tensors |= {f"{names[weight]}.{key}": value for key, value in state.items()}
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
+    def mapping(self) -> dict[str, object]:
+        """As a Checkpointer is given it."""
+        return {"model": self.model, "optimizer": self.optimizer}
+
     def nbytes(self) -> int:
         return sum(part.numel() * part.itemsize for part, *_ in self._parts())
 
@@ -73,7 +79,7 @@ class Live:
         return [
             name
             for part, name, start, shape in self._parts()
-            if not torch.equal(part.view(torch.int32), contents(name, shape, start, part.shape).view(torch.int32))
+            if not torch.equal(part.cpu().view(torch.int32), contents(name, shape, start, part.shape).view(torch.int32))
         ]
 
     def _parts(self) -> Iterator[tuple[torch.Tensor, str, tuple[int, ...], torch.Size]]:
@@ -81,11 +87,11 @@ class Live:
         for name, tensor in self.named().items():
             if not name.endswith(".step"):
                 local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-                yield local, name, _start(tensor), tensor.shape
+                yield local, name, start_of(tensor), tensor.shape
 
 
 def live(shapes: dict[str, tuple[int, ...]], layout: Layout, mesh: DeviceMesh) -> Live:
-    """The state of this rank in `layout`, cleared. `mesh`: all ranks, 1-D."""
+    """The state of this rank in `layout`, cleared, on the mesh's devices. `mesh`: all ranks, 1-D."""
     module = nn.Module()
     for name, shape in _mine(shapes, layout).items():
         *path, last = name.split(".")
@@ -127,17 +133,18 @@ def _mine(shapes: dict[str, tuple[int, ...]], layout: Layout) -> dict[str, tuple
 
 
 def _tensor(shape: tuple[int, ...], layout: Layout, mesh: DeviceMesh) -> torch.Tensor:
-    if layout == "stages":
-        return torch.zeros(shape)
+    if layout in ("stages", "whole"):
+        return torch.zeros(shape, device=mesh.device_type)
     dim = 0 if layout == "rows" else len(shape) - 1
     _, extent = _chunk(shape[dim], mesh.size(), mesh.get_local_rank())
-    local = torch.zeros(*shape[:dim], extent, *shape[dim + 1 :])
+    local = torch.zeros(*shape[:dim], extent, *shape[dim + 1 :], device=mesh.device_type)
     size = torch.Size(shape)
     stride = tuple(size[after + 1 :].numel() for after in range(len(shape)))
     return DTensor.from_local(local, mesh, [Shard(dim)], run_check=False, shape=size, stride=stride)
 
 
-def _start(tensor: torch.Tensor) -> tuple[int, ...]:
+def start_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Where this rank's part of `tensor` begins in it."""
     start = [0] * tensor.ndim
     if isinstance(tensor, DTensor):
         (shard,) = tensor.placements

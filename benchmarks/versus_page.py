@@ -1,14 +1,17 @@
-"""The figures of benchmarks.versus as ratios, and as a page."""
+"""The figures of benchmarks.versus as a page: rates, ratios, and which targets they reach."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-RAW, OURS, DCP = "raw disk", "dscheck", "torch DCP"
-WORK = {"save": "save", "rows": "load, same cut", "columns": "load, rows → columns", "stages": "load, rows → layers"}
+from benchmarks.stall_targets import Target, at_least, at_most
+
+OURS, RAW = "dscheck", "raw disk"
 MOMENTS = {"returned": "save returned", "free": "tensors free to change", "durable": "durable"}
+LEAST_OF_RAW = {"save": 0.95, "rows": 0.90, "columns": 0.80, "stages": 0.80, "fewer": 0.80, "more": 0.80}
+READ_ONCE = 1.05
 
 PAGE = """\
 # Save, load and reshard {gb:.2f} GB on {ranks} ranks
@@ -18,67 +21,97 @@ PAGE = """\
 {tensors} tensors: a GPT in fp32 with AdamW's moments, each cut by rows over the ranks. {machine}; {versions}.
 Medians of {rounds} rounds after a first one, the slowest rank's seconds; every load compared bit for bit. Before each
 load the caches were emptied ({evicted_by}); before each save but the first round's the page cache's memory was warmed.
-Raw disk: the same bytes, {direct}, one process a rank and one chunk at a time: buffered reads, for which
-the kernel reads ahead, can be faster.
+Raw disk: the same bytes, {direct}, as many processes, each with as many threads and blocks as were fastest
+(writes {write}, reads {read}), measured beside each contender in its rounds. dscheck / raw disk is the median of what
+the rounds have side by side.
+
+## GB/s
 
 {speeds}
 
-A save counts from its call until it is durable and committed. dscheck writes and checks a checksum a block, DCP none.
-Bytes that dscheck read for each byte wanted, on the worst rank: {read}.
+A save counts from its call until it is durable and committed. dscheck writes and checks a checksum a block.
+Bytes that dscheck read for each byte wanted, over all ranks: {read_per_wanted}.
+{notes}
+## Targets
 
-How long a save holds training up, in seconds: the first one, in memory as it was found, and the median of the later.
+{targets}
+
+## How long a save holds training up
+
+In seconds: the first one, in memory as it was found, and the median of the later.
 
 {blocked}
 
 Here the tensors are to change as soon as `save` has returned: the worst case for dscheck, which copies them in the
 background up to the optimizer's fence. In training the forward and backward passes lie between.
+
+## The raw disk, by threads and block
+
+{rates}
 """
 
+Lines = list[dict[str, Any]]
 
-def summarize(rounds: list[list[dict[str, Any]]]) -> dict[str, Any]:
-    """Seconds by contender, of saves by moment and of loads by layout: the first round's, and of the later ones."""
-    by_name: dict[str, list[dict[str, Any]]] = {}
-    for line in (line for lines in rounds for line in lines):
-        by_name.setdefault(line["contender"], []).append(line)
+
+def works(ranks: int) -> dict[str, str]:
+    """What is timed, and what the page calls it."""
     return {
-        name: {
-            "save": {moment: _spread(line["save"][moment] for line in lines) for moment in lines[0]["save"]},
-            "loads": {
-                layout: _spread(line["loads"][layout]["seconds"] for line in lines)
-                | {"read_per_wanted": max(line["loads"][layout]["read_per_wanted"] for line in lines)}
-                for layout in lines[0]["loads"]
-            },
-        }
-        for name, lines in by_name.items()
+        "save": "save",
+        "rows": "load, same cut",
+        "columns": "load, rows → columns",
+        "stages": "load, rows → layers",
+        "fewer": f"load, {ranks} ranks → 1",
+        "more": f"load, 1 rank → {ranks}",
     }
 
 
-def _spread(seconds: Iterable[float]) -> dict[str, float]:
-    first, *later = seconds
-    return {"first": first, "median": statistics.median(later), "best": min(later), "worst": max(later)}
+def seconds(lines: Lines, who: str, work: str) -> list[float]:
+    """Of the counted rounds, in their order."""
+    key = "durable" if work == "save" else "seconds"
+    return [
+        line[key] for line in lines if (line["who"], line["work"], line["first"]) == (who, work, False) and key in line
+    ]
 
 
-def median(summary: dict[str, Any], name: str, work: str) -> float:
-    """Seconds that `name` took for one of WORK. The raw disk is read in its own order, whatever the layout."""
-    if work == "save":
-        return float(summary[name]["save"]["durable"]["median"])
-    return float(summary[name]["loads"]["rows" if name == RAW else work]["median"])
+def of_raw(lines: Lines, work: str) -> float | None:
+    """A contender's speed as a part of the raw disk's in the same rounds; None where it has none."""
+    mine = seconds(lines, "contender", work)
+    raw = seconds(lines, "raw", "rows" if work in ("columns", "stages") else work)
+    return statistics.median(other / one for one, other in zip(mine, raw, strict=True)) if mine else None
 
 
-def ratios(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Speeds as parts of others', by WORK."""
-    pairs = ((OURS, RAW), (DCP, RAW), (OURS, DCP))
-    return {
-        work: {f"{name} / {other}": median(summary, other, work) / median(summary, name, work) for name, other in pairs}
-        for work in WORK
+def of_best_rival(result: dict[str, Any], work: str) -> tuple[float, str] | None:
+    """dscheck's speed as a part of that of the fastest rival, and who that is."""
+    medians = {
+        name: statistics.median(taken)
+        for name, lines in result["lines"].items()
+        if (taken := seconds(lines, "contender", work))
     }
+    ours = medians.pop(OURS, None)
+    if ours is None or not medians:
+        return None
+    best = min(medians, key=medians.__getitem__)
+    return medians[best] / ours, best
+
+
+def targets(result: dict[str, Any]) -> Iterator[Target]:
+    """One line for each target that the figures tell something of."""
+    names = works(result["ranks"])
+    for work, least in LEAST_OF_RAW.items():
+        if (part := of_raw(result["lines"].get(OURS, []), work)) is not None:
+            yield at_least(f"{names[work]}, of raw direct I/O", part, least)
+    for work, name in names.items():
+        if (ahead := of_best_rival(result, work)) is not None:
+            yield at_least(f"{name}, of the fastest rival ({ahead[1]})", ahead[0], 1.0)
+    if (shared := result.get("replicas")) is not None:
+        what = f"{shared['replicas']} replicas load one state, bytes read of those wanted once"
+        yield at_most(f"{what}, by the storage", shared["counted"] / shared["wanted"], READ_ONCE)
+        yield at_most(f"{what}, by LoadReport", shared["told"] / shared["wanted"], READ_ONCE)
 
 
 def page(result: dict[str, Any]) -> str:
     """All of it in Markdown. `result`: what benchmarks.versus writes as JSON."""
-    facts, machine, summary = result["facts"], result["machine"], result["seconds"]
-    layouts = [work for work in WORK if work != "save"]
-    read = (f"{WORK[work]} {summary[OURS]['loads'][work]['read_per_wanted']:.2f}" for work in layouts)
+    facts, machine, raw = result["facts"], result["machine"], result["raw"]
     return PAGE.format(
         gb=facts["bytes"] / 1e9,
         ranks=result["ranks"],
@@ -88,31 +121,84 @@ def page(result: dict[str, Any]) -> str:
         versions=", ".join(f"{name} {version}" for name, version in result["versions"].items()),
         rounds=result["rounds"],
         evicted_by=facts["evicted_by"],
-        direct="O_DIRECT in chunks of 4 MiB" if facts["direct"] else "buffered, as the disk takes no direct I/O",
+        direct="direct I/O" if facts["direct"] else "buffered, as the disk takes no direct I/O",
+        write=raw["write"],
+        read=raw["read"],
         speeds=_speeds(result),
-        read=", ".join(read),
-        blocked=_blocked(summary),
+        read_per_wanted=_read_per_wanted(result),
+        notes=_notes(result["lines"]),
+        targets=_table(Target._fields, [list(target) for target in targets(result)]),
+        blocked=_blocked(result["lines"]),
+        rates=_table(
+            ["", "write, GB/s", "read, GB/s"],
+            [[row["way"], f"{row['write'] / 1e9:.2f}", f"{row['read'] / 1e9:.2f}"] for row in raw["rates"]],
+        ),
     )
 
 
 def _speeds(result: dict[str, Any]) -> str:
-    gb, names = result["facts"]["bytes"] / 1e9, (RAW, OURS, DCP)
-    rows = [
-        [title, *(f"{gb / median(result['seconds'], name, work):.2f}" for name in names)]
-        + [f"{ratio:.2f}" for ratio in result["ratios"][work].values()]
-        for work, title in WORK.items()
-    ]
-    return _table(["", *(f"{name}, GB/s" for name in names), *result["ratios"]["save"]], rows)
+    gb, lines = result["facts"]["bytes"] / 1e9, result["lines"]
+    rows = []
+    for work, title in works(result["ranks"]).items():
+        raw = [one for each in lines.values() for one in seconds(each, "raw", _raw_work(work))]
+        cells = [_rate(gb, raw), *(_cell(gb, each, work) for each in lines.values())]
+        part, ahead = of_raw(lines.get(OURS, []), work), of_best_rival(result, work)
+        rows.append([title, *cells, _ratio(part), _ratio(ahead and ahead[0])])
+    return _table(["", RAW, *lines, "dscheck / raw disk", "dscheck / fastest rival"], rows)
 
 
-def _blocked(summary: dict[str, Any]) -> str:
-    rows = [
-        [name, *(f"{saves[moment]['first']:.3f}, {saves[moment]['median']:.3f}" for moment in MOMENTS)]
-        for name, saves in ((name, contender["save"]) for name, contender in summary.items() if name != RAW)
-    ]
-    return _table(["", *MOMENTS.values()], sorted(rows))
+def _raw_work(work: str) -> str:
+    return "rows" if work in ("columns", "stages") else work
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _cell(gb: float, lines: Lines, work: str) -> str:
+    failed = any(line["work"] == work and "failed" in line for line in lines)
+    return "failed" if failed else _rate(gb, seconds(lines, "contender", work))
+
+
+def _rate(gb: float, taken: list[float]) -> str:
+    return f"{gb / statistics.median(taken):.2f}" if taken else "–"
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _read_per_wanted(result: dict[str, Any]) -> str:
+    read: dict[str, float] = {}
+    for line in result["lines"].get(OURS, []):
+        if "read_per_wanted" in line:
+            read[line["work"]] = max(read.get(line["work"], 0.0), line["read_per_wanted"])
+    names = works(result["ranks"])
+    return ", ".join(f"{names[work]} {ratio:.3f}" for work, ratio in read.items()) or "not measured"
+
+
+def _notes(lines: dict[str, Lines]) -> str:
+    """What failed, and why, each once."""
+    failed = {
+        f"- {name}, {line['work']}: {line['failed']}": None
+        for name, each in lines.items()
+        for line in each
+        if "failed" in line
+    }
+    return "\nFailed:\n\n" + "\n".join(failed) + "\n" if failed else ""
+
+
+def _blocked(lines: dict[str, Lines]) -> str:
+    rows = []
+    for name, each in lines.items():
+        saves = [line for line in each if (line["who"], line["work"]) == ("contender", "save") and "durable" in line]
+        if len(saves) > 1:
+            rows.append([name, *(_first_and_median(line[moment] for line in saves) for moment in MOMENTS)])
+    return _table(["", *MOMENTS.values()], rows)
+
+
+def _first_and_median(taken: Iterable[float]) -> str:
+    first, *later = taken
+    return f"{first:.3f}, {statistics.median(later):.3f}"
+
+
+def _table(head: Iterable[str], rows: list[list[str]]) -> str:
+    head = list(head)
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, rule, *rows))

@@ -9,6 +9,7 @@ import platform
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +40,7 @@ from dscheck.state import LiveState
 from dscheck.state.leaf import FlatState, TensorLeaf
 from dscheck.storage import open_storage
 from dscheck.storage.base import Storage
+from dscheck.tuning import tuned
 
 log = logging.getLogger("dscheck")
 
@@ -50,8 +52,8 @@ class Checkpointer:
 
     `root`: a path, file:// or memory:// URL, or a Storage. `state`: names to modules, optimizers, anything with
     `state_dict` and `load_state_dict`, tensors, DTensors, generators and plain data, nested; held by reference, read at
-    every save, written back in place by load. Settings: see `dscheck.config.Settings`. `ranks` replaces the ranks of
-    the default process group, for tests.
+    every save, written back in place by load. Settings: see `dscheck.config.Settings`; the defaults are those that
+    `dscheck probe` stored for the root, if it did. `ranks` replaces the ranks of the default process group, for tests.
 
     Construction and `load` are collective, on the main thread; `save` is called on all ranks with the same steps.
     Several saves may be under way. Leaving `with` cleanly waits for all of them; by an exception it tells the other
@@ -67,10 +69,11 @@ class Checkpointer:
         ranks: Ranks | None = None,
         **settings: Any,
     ) -> None:
-        self.settings = _settings(settings)
+        checked = _settings(settings)
         if not isinstance(state, Mapping):
             raise ConfigError(f"the state is a mapping of names to what is to be saved, not a {type(state).__name__}")
         self.storage = open_storage(root)
+        self.settings = replace(checked, **(tuned(self.storage) | settings))
         self.state = state
         self._ranks = ranks or open_ranks(
             self.settings.timeout_s, host=self.settings.store_host, port=self.settings.store_port

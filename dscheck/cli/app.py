@@ -72,6 +72,20 @@ def plan(
     show(root, step, to, cut or (), only or (), gb_per_s, json)
 
 
+@app.command()
+def probe(
+    root: Root,
+    size: Annotated[int, typer.Option(min=1, help="Megabytes of each file that is written and read.")] = 256,
+    seconds: Annotated[float, typer.Option(min=0, help="About how long to measure.")] = 10.0,
+    keep: Annotated[bool, typer.Option(help="Store the best settings there, for later jobs.")] = True,
+    json: Json = False,
+) -> None:
+    """Measure the storage of a root and what dscheck reaches of it, and store the settings that suit it."""
+    from dscheck.cli.probe import show
+
+    show(root, size, seconds, keep, json)
+
+
 def main() -> None:
     """The console script. Errors of dscheck are one line on stderr; anything else is a bug and shows its trace."""
     try:

@@ -60,6 +60,8 @@ class Disk:
         with ExitStack() as stack:
             for name, note in notes.items():
                 stack.enter_context(patch.object(os, name, _recorded(getattr(os, name), note)))
+            # Behind what native threads have written, before this process writes on.
+            stack.enter_context(patch.object(os, "lseek", _recorded(os.lseek, self._filled)))
             yield
 
     def after_cut(self, luck: random.Random, events: Iterable[Event] | None = None) -> dict[str, bytes]:
@@ -81,6 +83,13 @@ class Disk:
         self._paths[fd] = path
         if flags & os.O_CREAT:
             self._note("create", path)
+
+    def _filled(self, end: int, fd: int, *where: int) -> None:
+        """Native threads have written the file up to where it is written on from Python."""
+        path = self._paths.get(fd)
+        if path is not None:
+            with open(path, "rb") as file:
+                self._note("write", path, file.read(end))
 
     def _note(self, name: str, path: Any, data: Any = None) -> None:
         if isinstance(path, str) and (path + "/").startswith(self.base + "/"):

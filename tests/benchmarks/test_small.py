@@ -21,9 +21,11 @@ from benchmarks.gpt import GPT, Shape, cut_by_columns_and_rows, shard_fully
 from benchmarks.journal import Journal, read_journal
 from benchmarks.launch import REPOSITORY, run_ranks, trouble
 from benchmarks.machine import describe
-from benchmarks.raw_disk import evict, read_direct, write_direct
+from benchmarks.raw_disk import WAYS, evict, read_direct, seconds_of, write_direct
 from benchmarks.sharded_state import Layout, contents, gpt_shapes, live
-from benchmarks.versus_page import ratios, summarize
+from benchmarks.versus_page import LEAST_OF_RAW, of_best_rival, of_raw, page, targets
+from benchmarks.versus_replicas import Counting, replicas
+from dscheck.probe import Way
 from dscheck.storage.memory import MemoryStorage
 
 SMALL = Shape(vocabulary=256, length=16, width=24, heads=4, hidden=30, layers=2)
@@ -204,25 +206,83 @@ def test_one_flipped_bit_of_a_loaded_state_is_named(layout: Layout) -> None:
     assert state.wrong() == ["layers.0.up.weight.exp_avg"]
 
 
+@pytest.mark.parametrize("way", [Way(), Way(True, 1 << 20, 3)])
 @pytest.mark.parametrize("nbytes", [1, 4096, (4 << 20) + 5])
-def test_the_raw_disk_writes_and_reads_any_length(tmp_path: Path, nbytes: int) -> None:
-    direct = write_direct(tmp_path / "file", nbytes)
+def test_the_raw_disk_writes_and_reads_any_length(tmp_path: Path, nbytes: int, way: Way) -> None:
+    direct = write_direct(tmp_path / "file", nbytes, way)
     assert 0 <= (tmp_path / "file").stat().st_size - nbytes < 4096
     assert evict(tmp_path, everything=False) == "posix_fadvise"
-    assert read_direct(tmp_path / "file", nbytes) == direct
+    assert read_direct(tmp_path / "file", nbytes, way) == direct
 
 
-def test_ratios_are_of_medians_without_the_first_round() -> None:
-    def line(name: str, seconds: float) -> dict[str, object]:
-        loads = {layout: {"seconds": seconds, "read_per_wanted": 1.0} for layout in ("rows", "columns", "stages")}
-        return {"contender": name, "save": {"durable": seconds}, "loads": loads}
+def test_a_way_at_the_raw_disk_leaves_no_file(tmp_path: Path) -> None:
+    assert all(seconds > 0 for seconds in seconds_of(tmp_path / "file", 3 << 20, WAYS[-1]))
+    assert list(tmp_path.iterdir()) == []
 
-    rounds = [
-        [line("raw disk", raw), line("dscheck", ours), line("torch DCP", dcp)]
-        for raw, ours, dcp in ((9.0, 1.0, 1.0), (1.0, 2.0, 3.0), (1.0, 2.0, 4.0), (1.0, 9.0, 5.0))
-    ]
-    expected = {"dscheck / raw disk": 0.5, "torch DCP / raw disk": 0.25, "dscheck / torch DCP": 2.0}
-    assert ratios(summarize(rounds)) == dict.fromkeys(("save", "rows", "columns", "stages"), expected)
+
+def measured(*rounds: tuple[float, float]) -> list[dict[str, object]]:
+    """The raw disk's and a contender's seconds for all works, in rounds of which the first does not count."""
+    lines: list[dict[str, object]] = []
+    for step, (raw, mine) in enumerate(rounds):
+        for who, taken, works in (
+            ("raw", raw, ("save", "rows", "fewer", "more")),
+            ("contender", mine, ("save", "rows", "columns", "stages", "fewer", "more")),
+        ):
+            lines += [
+                {"who": who, "work": work, "first": step == 0, "seconds": taken}
+                | ({"durable": taken, "returned": taken, "free": taken} if work == "save" else {"read_per_wanted": 1.0})
+                for work in works
+            ]
+    return lines
+
+
+def compared(lines: dict[str, list[dict[str, object]]]) -> dict[str, object]:
+    raw = {"write": "1 x 4 MiB", "read": "1 x 4 MiB", "rates": [{"way": "1 x 4 MiB", "write": 1e9, "read": 2e9}]}
+    facts = {"bytes": 10**9, "tensors": 7, "evicted_by": "drop_caches", "direct": True}
+    machine = {"cpu": "c", "cores": 2, "memory_gib": 1, "disk": "ext4"}
+    return {
+        "command": "c", "ranks": 2, "rounds": 3, "machine": machine, "versions": {}, "facts": facts, "raw": raw,
+        "lines": lines, "replicas": {"replicas": 8, "wanted": 100, "counted": 104, "told": 800, "s": 1.0},
+    }  # fmt: skip
+
+
+def test_a_part_of_the_raw_disk_is_of_rounds_side_by_side() -> None:
+    lines = measured((9.0, 1.0), (1.0, 2.0), (2.0, 2.0), (4.0, 5.0))
+    assert of_raw(lines, "save") == 0.8
+    assert of_raw(lines, "columns") == 0.8
+    assert of_raw(measured(), "save") is None
+
+
+def test_targets_name_the_fastest_rival_and_what_is_missed() -> None:
+    ours, slow, fast = measured((1, 1), (1, 1)), measured((1, 9), (1, 9)), measured((1, 1), (1, 0.5))
+    result = compared({"dscheck": ours, "torch DCP": slow, "torchsnapshot": fast})
+    assert of_best_rival(result, "save") == (0.5, "torchsnapshot")
+    verdicts = {target.what: target.verdict for target in targets(result)}
+    assert verdicts["save, of raw direct I/O"] == "reached"
+    assert verdicts["load, rows → columns, of the fastest rival (torchsnapshot)"] == "missed"
+    assert [verdict for what, verdict in verdicts.items() if "replicas" in what] == ["reached", "missed"]
+
+
+def test_what_failed_is_on_the_page_with_its_reason() -> None:
+    failed = [{"who": "contender", "work": "save", "first": False, "failed": "not installed"}]
+    text = page(compared({"dscheck": measured((1, 1), (1, 1)), "torchsnapshot": failed}))
+    assert "- torchsnapshot, save: not installed" in text
+    assert "| save | 1.00 | 1.00 | failed | 1.00 | – |" in text
+
+
+def test_a_counting_storage_counts_what_is_read(tmp_path: Path) -> None:
+    storage = Counting(tmp_path)
+    assert storage.put_if_absent("records/1-1.json", bytes(100))
+    storage.read("records/1-1.json", 10, 20)
+    storage.read_into("records/1-1.json", 50, memoryview(bytearray(50)))
+    assert storage.read_bytes == 70
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_one_replica_reads_what_it_wants_and_little_more(tmp_path: Path) -> None:
+    found = replicas(tmp_path, gpt_shapes(4 * 10**6), init_device_mesh("cpu", (1,)))
+    assert found["replicas"] == 1
+    assert found["wanted"] <= found["told"] <= found["counted"] <= 1.05 * found["wanted"]
 
 
 def test_the_machine_is_described_without_its_name_or_paths(tmp_path: Path) -> None:
@@ -250,12 +310,12 @@ def test_the_first_traceback_of_a_log_is_shown(tmp_path: Path) -> None:
 def test_versus_measures_all_and_leaves_nothing_behind(tmp_path: Path) -> None:
     work, out = tmp_path / "work", tmp_path / "out"
     work.mkdir()
-    options = ["--gb", "0.003", "--rounds", "1", "--keep-caches", "--dir", str(work), "--out", str(out)]
-    command = [sys.executable, "-m", "benchmarks.versus", *options]
+    options = ["--gb", "0.003", "--rounds", "1", "--keep-caches", "--only", "dscheck", "--replicas", "0"]
+    command = [sys.executable, "-m", "benchmarks.versus", *options, "--dir", str(work), "--out", str(out)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads((out / "versus.json").read_text())
-    assert set(result["ratios"]) == {"save", "rows", "columns", "stages"}
-    assert all(ratio > 0 for by_pair in result["ratios"].values() for ratio in by_pair.values())
+    assert {line["work"] for line in result["lines"]["dscheck"]} == {"save", *LEAST_OF_RAW}
+    assert all((of_raw(result["lines"]["dscheck"], work) or 0) > 0 for work in LEAST_OF_RAW)
     assert list(work.iterdir()) == []
     assert str(tmp_path) not in (out / "versus.md").read_text() + (out / "versus.json").read_text()

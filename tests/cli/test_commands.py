@@ -190,3 +190,27 @@ def test_plan_refuses_what_it_cannot_read(root: Path, arguments: list[str]) -> N
     found = dscheck("plan", str(root), *arguments)
     assert found.returncode == 2
     assert "--" in found.stderr
+
+
+def test_probe_prints_what_the_storage_gives_and_what_dscheck_reaches(tmp_path: Path) -> None:
+    done = dscheck("probe", str(tmp_path), "--size", "2", "--seconds", "0")
+    assert done.returncode == 0, done.stderr
+    assert "direct, 1 x 4 MiB" in done.stdout
+    assert "dscheck, defaults" in done.stdout
+    assert "stored for later jobs" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == [".dscheck-tuning.json"]
+
+
+def test_probe_as_json_stores_nothing_when_told_so(tmp_path: Path) -> None:
+    done = dscheck("probe", str(tmp_path), "--size", "2", "--seconds", "0", "--no-keep", "--json")
+    found = json.loads(done.stdout)
+    assert found["bytes"] == 2 * 10**6
+    assert found["dscheck"][0]["settings"] == {}
+    assert found["stored"] is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_probe_of_what_is_no_file_system_is_wrong_usage() -> None:
+    done = dscheck("probe", "memory://run")
+    assert done.returncode == 2
+    assert "measures file systems" in done.stderr
