@@ -17,7 +17,7 @@ from benchmarks.stall_job import Timeline, Training
 from dscheck import Checkpointer, SaveHandle
 
 # Checksums of what the bus brings take more than the default four.
-COPY_THREADS = 8
+COPY_THREADS = 12
 # Of the alignment of pieces, and where the ring ends.
 SLACK_BYTES = 64 << 20
 # Drains end well within.

@@ -17,7 +17,7 @@ from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.manifest.fragments import Fragment, Fragments
 from dscheck.manifest.plan import TensorRow
 
-READ_BYTES = 32 << 20
+READ_BYTES = 8 << 20
 """No read, and no buffer of one, is longer, unless a single row of a tensor is."""
 
 GAP_BYTES = 64 << 10

@@ -181,7 +181,7 @@ class Saver:
             if moment.counts is None or not shares.full:
                 attempt.settle("late")
             capturer.window_hint_s = self._fences.window_s
-            attempt.capture = capture = capturer.take(shares.plan, flat.locals, attempt.handle.deadline)
+            attempt.capture = capture = capturer.take(shares.plan, flat.locals, attempt.handle.deadline, flat.memory)
             self._fences.guard(capture)
         except Exception as error:
             attempt.error = error

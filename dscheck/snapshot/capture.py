@@ -82,6 +82,7 @@ class Capture:
         volatile: frozenset[int],
         locals: Sequence[torch.Tensor],
         lazy: Sequence[torch.UntypedStorage],
+        addresses: Sequence[int],
         kept: Any,
         deadline: float,
     ) -> None:
@@ -89,7 +90,7 @@ class Capture:
         self._steps, self._versions, self._deadline = list(map(count, owners)), versions, deadline
         self._volatile = volatile
         self._kept = kept  # until all is copied: what is freed before would be memory of something else
-        self._lazy, self._addresses = lazy, list(map(torch.UntypedStorage.data_ptr, lazy))
+        self._lazy, self._addresses = lazy, addresses
         self._versioned = [locals[index] for index in plan.versioned]
         self._owners = owners
         self._numbers = {id(owner): number for number, owner in enumerate(owners)}
@@ -341,7 +342,7 @@ class Capture:
             owner = plan.owner_of_versioned[place]
             watched = number in (None, owner) and owner not in self._fenced and place not in self._volatile
             if now != then and watched:
-                plan.calm.distrust(int(plan.versioned[place]))
+                plan.calm.distrust(plan.versioned[place])
                 raise _torn(plan.name_of_versioned[place], "it was written to before it was captured")
 
     def _refuse_freed(self) -> None:

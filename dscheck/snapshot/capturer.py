@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class Capturer:
         self._spill = device_budget != 0
         self._prepared: CapturePlan | None = None
         self._sized = False
+        self._addresses: Addresses | None = None
         self.window_hint_s = 0.0
         """Seconds from the end of an optimizer step to the next one on the device, until captures have measured it."""
 
@@ -73,37 +75,48 @@ class Capturer:
         self._copier.hurry()
         return False
 
-    def take(self, plan: CapturePlan, locals: Sequence[torch.Tensor], deadline: float) -> Capture:
-        """The state of this moment, up to `Capture.hold`, which must follow."""
+    def take(
+        self, plan: CapturePlan, locals: Sequence[torch.Tensor], deadline: float, memory: object = None
+    ) -> Capture:
+        """The state of this moment, up to `Capture.hold`, which must follow.
+
+        `memory`: the same object as at an earlier call where all of `locals` lie where they lay; None: unknown.
+        """
         short = self._copier.usable < self._copier.asked  # on its way, or refused to an earlier save: asked for again
         if plan is not self._prepared or short or (self._spill and plan.devices and not self._sized):
             self.prepare(plan)
         copies = [copied.take(locals[copied.index]) for copied in plan.copied]
         tensors = [*locals, *copies]
-        large = [tensors[index] for index in plan.large]
-        pointers = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.uint64, len(tensors))
+        held = [torch.Tensor.untyped_storage(tensors[index]) for index in plan.large]
+        addresses = self._addresses
+        if (
+            memory is None
+            or copies
+            or addresses is None
+            or addresses.memory is not memory
+            or addresses.plan is not plan
+        ):
+            self._addresses = addresses = Addresses.of(memory, plan, tensors, held)
         versions = versions_of([locals[index] for index in plan.versioned])
-        streams = _streams(plan.devices)
         owners, volatile = plan.pieces.owners, frozenset[int]()
+        lazy, starts = held, addresses.storages
         if len(plan.unowned):
             calm, owners = plan.calm(versions), owners.copy()
             owners[plan.unowned] = np.where(calm, FROZEN, VOLATILE)
             volatile = frozenset(plan.calm.places[~calm].tolist())
-        held = list(map(torch.Tensor.untyped_storage, large))
-        lazy = held
-        if volatile:
             changing = set(plan.pieces.tensors[plan.unowned[~calm]].tolist())
-            lazy = [storage for index, storage in zip(plan.large, held, strict=True) if int(index) not in changing]
+            kept = [place for place, index in enumerate(plan.large) if index not in changing]
+            lazy, starts = [held[place] for place in kept], [starts[place] for place in kept]
         try:
             native = self._copier.take(
-                plan.shape, plan.pieces.addresses(pointers), owners,
-                plan.smalls.addresses(pointers), plan.watched.addresses(pointers), streams, self.window_hint_s,
+                plan.shape, addresses.pieces, owners, addresses.smalls, addresses.watched, _streams(plan.devices),
+                self.window_hint_s,
             )  # fmt: skip
         except RuntimeError as error:
             raise DscheckError(f"the capture could not begin: {error}") from error
         return Capture(
             self._copier, native, plan, self._steps, plan.owners, versions, volatile, locals,
-            lazy, (held, copies), deadline,
+            lazy, starts, (held, copies), deadline,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -133,6 +146,26 @@ class Capturer:
             rate = self._copier.rate_and_window(device)[0]
             excess += [unowned, int(plan.pieces.sizes[here].sum() - USABLE_WINDOW * rate * window)]
         return max(excess)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Addresses:
+    """Where what a plan captures lies, and the storages of its large tensors, as long as `memory` is the same."""
+
+    memory: object
+    plan: CapturePlan
+    pieces: np.ndarray[Any, np.dtype[np.uint64]]
+    smalls: np.ndarray[Any, np.dtype[np.uint64]]
+    watched: np.ndarray[Any, np.dtype[np.uint64]]
+    storages: list[int]
+
+    @classmethod
+    def of(
+        cls, memory: object, plan: CapturePlan, tensors: Sequence[torch.Tensor], held: Sequence[torch.UntypedStorage]
+    ) -> Addresses:
+        pointers = np.fromiter(map(torch.Tensor.data_ptr, tensors), np.uint64, len(tensors))
+        pieces, smalls, watched = (rows.addresses(pointers) for rows in (plan.pieces, plan.smalls, plan.watched))
+        return cls(memory, plan, pieces, smalls, watched, list(map(torch.UntypedStorage.data_ptr, held)))
 
 
 def _streams(devices: Sequence[int]) -> list[tuple[int, int]]:

@@ -113,15 +113,15 @@ class CapturePlan:
         self.pieces, self.smalls = pieces.arrays(), smalls.arrays()
         self.watched = self._watch(locals, watched)
         self.devices = sorted({int(device) for device in (*self.pieces.devices, *self.smalls.devices)} - {HOST})
-        self.large = np.unique(self.pieces.tensors)
+        self.large = np.unique(self.pieces.tensors).tolist()
         self.unowned = np.flatnonzero(self.pieces.owners == UNOWNED)
-        self.versioned = np.array([index for index in self.large if _has_version(index, locals)], np.int64)
+        self.versioned = [index for index in self.large if _has_version(index, locals)]
         first = {int(tensor): place for place, tensor in reversed([*enumerate(self.pieces.tensors)])}
-        firsts = [first[int(tensor)] for tensor in self.versioned]
+        firsts = [first[tensor] for tensor in self.versioned]
         self.owner_of_versioned = [int(self.pieces.owners[place]) for place in firsts]
         self.name_of_versioned = [self.names[self.piece_source[place]] for place in firsts]
         self.lazy_owners = sorted({int(owner) for owner in self.pieces.owners if owner >= 0})
-        self.calm = Calm(self.pieces.tensors[self.unowned], self.versioned)
+        self.calm = Calm(self.pieces.tensors[self.unowned], np.array(self.versioned, np.int64))
         self.shape = CaptureShape(
             self.pieces.sizes, self.pieces.devices,
             self.smalls.sizes, self.smalls.devices, np.array(self._targets(), np.uint64),

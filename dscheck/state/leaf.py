@@ -51,6 +51,7 @@ class FlatState:
     Objects are in the tagged plain form of manifest/objects.py, some parts of it still to be made (`Later`), but from
     values taken by now: they cannot change any more.
     `mesh`: this rank's coordinate on each named dimension of the device meshes met, for the map of who held what.
+    `memory`: the same object as long as all `locals` lie where they lay.
     """
 
     tensors: list[TensorLeaf] = field(default_factory=list)
@@ -59,3 +60,4 @@ class FlatState:
     mine: dict[str, Any] = field(default_factory=dict)
     options: dict[str, dict[str, Any]] = field(default_factory=dict)
     mesh: tuple[tuple[str, int], ...] = ()
+    memory: object = None

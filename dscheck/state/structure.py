@@ -85,6 +85,7 @@ class Structure:
             return False
         flat.ours |= self.constant
         flat.tensors, flat.locals, flat.mesh = self.tensors, locals_[: len(self.tensors)], self.mesh
+        flat.memory = self.memory
         return True
 
 
