@@ -21,6 +21,8 @@ BATCH_ROWS = 1024
 compress worse and make the head longer, larger ones are decoded in vain (docs/scale.md)."""
 
 MAX_BATCH_ROWS = 1 << 16
+MAX_BATCH_BYTES = 1 << 27
+"""More than so many rows of 64 dimensions need; what a directory claims to be larger is not read."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +62,13 @@ class Directory:
     def validate(self, shapes: Sequence[Sequence[int]]) -> None:
         """Raises LayoutError unless batches follow each other and agree with the tensors' shapes."""
         ends = np.cumsum(self.size)
-        wrong = (self.size <= 0) | (self.rows < 1) | (self.rows > MAX_BATCH_ROWS) | (self.offset != ends - self.size)
+        wrong = (
+            (self.size <= 0)
+            | (self.size > MAX_BATCH_BYTES)
+            | (self.rows < 1)
+            | (self.rows > MAX_BATCH_ROWS)
+            | (self.offset != ends - self.size)
+        )
         wrong |= (self.first < 0) | (self.first > self.last) | (self.last >= len(shapes))
         wrong[1:] |= self.first[1:] < self.last[:-1]
         if wrong.any():

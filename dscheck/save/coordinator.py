@@ -15,12 +15,13 @@ import numpy as np
 from dscheck.commit import assert_newest, check_files, claim, publish, put_files, put_plan
 from dscheck.config import Settings
 from dscheck.errors import ConfigError, LayoutError, SupersededError
-from dscheck.manifest.arrow import EncodedPlan, encode_files, encode_plan
+from dscheck.manifest.arrow import encode_files
 from dscheck.manifest.files import Extent, FileRow, validate_files
-from dscheck.manifest.record import Counts, Digest, Record, Term
+from dscheck.manifest.record import Digest, Record, Term
 from dscheck.ranks.message import pack, unpack
 from dscheck.save.claims import RankClaims, pack_exceptions
-from dscheck.save.merge import Merged, merge
+from dscheck.save.merge import merge
+from dscheck.save.planned import Planned
 from dscheck.save.rivals import Rivals, Samples
 from dscheck.storage.base import Storage
 
@@ -57,8 +58,7 @@ class Coordinator:
         self._committed: int | None = None
         self._claims: dict[int, tuple[str, RankClaims]] = {}
         self._digests: tuple[str, ...] = ()
-        self._merged: Merged | None = None
-        self._plan = EncodedPlan(b"", Digest(0, ""))
+        self._planned: Planned | None = None
         self._stored_in: int | None = None
         self._attempt: _Attempt | None = None
         self._own_claims: set[str] = set()
@@ -71,8 +71,7 @@ class Coordinator:
         new = Coordinator(self._storage, self._settings, self._versions)
         new.continue_from(self._lineage if self._term is None else self._beyond(self._term))
         new._own_claims = set(self._own_claims)
-        new._claims, new._digests, new._merged = dict(self._claims), self._digests, self._merged
-        new._plan = self._plan
+        new._claims, new._digests, new._planned = dict(self._claims), self._digests, self._planned
         return new
 
     def _beyond(self, term: Term) -> Lineage:
@@ -91,47 +90,40 @@ class Coordinator:
         term = self._term_for(step)
         self._tried = step
         self._receive(posts)
-        known = self._plan.head.sha256, self._merged
-        merged = self._replan(posts)
-        if not merged.rivals.agree(lambda: self._samples(posts, *known), self._settings.replicas):
+        known = self._planned
+        planned = self._replan(posts)
+        if not planned.rivals.agree(lambda: self._samples(posts, known), self._settings.replicas):
             raise LayoutError(
                 f"step {step}: a tensor that one mesh held is now claimed by other ranks too, and cannot be compared "
                 "before the next save; this one is given up"
             )
-        self._store_plan(term)
+        self._store_plan(term, planned)
         self._attempt = _Attempt(step, uuid.uuid4().hex, time.time())
         answer: dict[str, Any] = {"skip": False, "term": term.term, "term_id": term.id, "id": self._attempt.id}
-        answer["plan"] = self._plan.head.sha256
+        answer["plan"] = planned.encoded.head.sha256
         if any(post["plan"] != answer["plan"] for post in posts):
-            answer["exceptions"] = pack_exceptions(merged.exceptions)
-            answer["contested"] = pack_exceptions(dict.fromkeys(merged.rivals.regions, ()))
+            answer["exceptions"] = pack_exceptions(planned.exceptions)
+            answer["contested"] = pack_exceptions(dict.fromkeys(planned.rivals.regions, ()))
         return pack(answer)
 
     def decide_arrive(self, payloads: Sequence[bytes]) -> bytes:
         """The answer to the second round: the step exists. Proves invariant C4 before, and C1 and C2 by `publish`."""
-        assert self._merged is not None
+        assert self._planned is not None
         assert self._term is not None
         assert self._attempt is not None
-        plan, term, attempt = self._merged.plan, self._term, self._attempt
+        planned, term, attempt = self._planned, self._term, self._attempt
         rows = [_row(rank, unpack(payload)) for rank, payload in enumerate(payloads)]
-        validate_files(rows, self._merged.file_ends)
+        validate_files(rows, planned.file_ends)
         check_files(self._storage, attempt.step, term.term, rows)
         files = encode_files(rows)
         put_files(self._storage, attempt.step, term.term, files)
-        counts = Counts(
-            tensors=len(plan.tensors),
-            fragments=len(plan.fragments),
-            ranks=len(plan.ranks),
-            blocks=sum(row.blocks for row in rows),
-            bytes=self._merged.nbytes,
-        )
         record = Record(
             step=attempt.step,
             term=term.term,
             term_id=term.id,
-            plan=self._plan.head,
+            plan=planned.encoded.head,
             files=_digest(files),
-            counts=counts,
+            counts=planned.counts,
             versions=self._versions,
             started=attempt.started,
             committed=time.time(),
@@ -182,33 +174,33 @@ class Coordinator:
                     f"the claims of rank {rank} were lost with an earlier save; this one is given up, the next resends"
                 )
 
-    def _replan(self, posts: Sequence[Mapping[str, Any]]) -> Merged:
+    def _replan(self, posts: Sequence[Mapping[str, Any]]) -> Planned:
         """The plan of these claims; made anew when any rank's digest is not the one the present plan was made of."""
         digests = tuple(post["digest"] for post in posts)
-        if self._merged is None or digests != self._digests:
-            self._merged = merged = merge(self._all_claims(), self._settings.block_bytes)
-            self._plan, self._stored_in, self._digests = encode_plan(merged.plan), None, digests
-        return self._merged
+        if self._planned is None or digests != self._digests:
+            self._planned = Planned.of(merge(self._all_claims(), self._settings.block_bytes))
+            self._stored_in, self._digests = None, digests
+        return self._planned
 
     def _all_claims(self) -> list[RankClaims]:
         return [self._claims[rank][1] for rank in range(len(self._claims))]
 
-    def _store_plan(self, term: Term) -> None:
+    def _store_plan(self, term: Term, planned: Planned) -> None:
         """A plan belongs to its term alone (TRAPS 37), and is written when it changed, not at each save."""
         if self._stored_in != term.term:
-            put_plan(self._storage, term.term, self._plan)
+            put_plan(self._storage, term.term, planned.encoded)
             self._stored_in = term.term
 
-    def _samples(self, posts: Sequence[Mapping[str, Any]], plan: str, merged: Merged | None) -> list[Samples]:
+    def _samples(self, posts: Sequence[Mapping[str, Any]], known: Planned | None) -> list[Samples]:
         """What the ranks sent, read by the plan that they know: that of before this save."""
-        contested = Rivals() if merged is None else merged.rivals
+        contested, plan = (Rivals(), "") if known is None else (known.rivals, known.encoded.head.sha256)
         samples = []
         for rank, (post, rows) in enumerate(zip(posts, contested.rows_by_rank(len(posts)), strict=True)):
             sent, claims = post["samples"], self._claims[rank][1]
             if not post["full"] and post["plan"] != plan:
                 sent, watched = [], np.empty(0, np.int64)
             else:
-                watched = claims.watched(rank, None if post["full"] or merged is None else rows)
+                watched = claims.watched(rank, None if post["full"] or known is None else rows)
             if len(sent) != len(watched):
                 raise LayoutError(f"rank {rank} sent {len(sent)} samples, {len(watched)} expected")
             samples.append(Samples(watched, np.array(sent, np.uint64)))

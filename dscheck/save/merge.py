@@ -23,13 +23,11 @@ from dscheck.save.rivals import ADVICE, Rivals
 
 @dataclass(slots=True)
 class Merged:
-    """A plan, what is asked of it at every save, the exceptions to "its holders write it", and the regions whose
-    samples must be compared at every save. `file_ends` as in Plan; `nbytes` of all fragments.
+    """A plan, the exceptions to "its holders write it", and the regions whose samples must be compared at every
+    save.
     """
 
     plan: Plan
-    file_ends: Sequence[tuple[int, int]] = ()
-    nbytes: int = 0
     exceptions: dict[tuple[str, Region], tuple[int, ...]] = field(default_factory=dict)
     rivals: Rivals = field(default_factory=Rivals)
 
@@ -51,8 +49,7 @@ def merge(ranks: Sequence[RankClaims], block_bytes: int) -> Merged:
     holders, held = sets.in_order(pieces.holders)
     fragments = Fragments(pieces.tensor, pieces.boxes, pieces.writer, offsets, pieces.nbytes, first_blocks, held)
     rows = tuple(RankRow(rank, claims.host, claims.mesh) for rank, claims in enumerate(ranks))
-    merged.plan = plan = Plan(tensors, fragments, rows, holders, block_bytes)
-    merged.file_ends, merged.nbytes = plan.file_ends(), int(pieces.nbytes.sum())
+    merged.plan = Plan(tensors, fragments, rows, holders, block_bytes)
     return merged
 
 

@@ -287,6 +287,7 @@ def changed_rows(name: str, values: list[Any]) -> Callable[[pa.RecordBatch], pa.
         ("offset", [1]),
         ("size", [0]),
         ("size", [-8]),
+        ("size", [(1 << 27) + 1]),
         ("rows", [0]),
         ("rows", [(1 << 16) + 1]),
         ("first", [-1]),

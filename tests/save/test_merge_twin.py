@@ -126,6 +126,7 @@ def test_a_merge_in_many_parts_is_that_in_one(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(columns, "MAX_ITEMS", most)
         monkeypatch.setattr("dscheck.save.merge.MAX_ITEMS", most)
         monkeypatch.setattr("dscheck.manifest.rules.MAX_ITEMS", most)
+        monkeypatch.setattr("dscheck.manifest.place.MAX_ITEMS", most)
         parts = merge(ranks, 4096).plan
         parts.validate()
         assert parts == whole
