@@ -1,4 +1,4 @@
-"""`dscheck ls | inspect | verify | probe`: what a root holds, without a GPU, and for `ls` without torch or pyarrow."""
+"""`dscheck ls | inspect | verify | plan | probe`: what a root holds and gives; without a GPU, and `ls` without torch."""
 
 from dscheck.cli.app import main
 

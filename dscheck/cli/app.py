@@ -68,6 +68,24 @@ def probe(
     show(root, size, seconds, keep, json)
 
 
+@app.command()
+def plan(
+    root: Root,
+    step: Step = None,
+    to: Annotated[str, typer.Option(help="Degrees of pp, dp, fsdp, ep and tp, such as tp=4,pp=2,dp=8.")] = "",
+    cut: Annotated[
+        list[str] | None, typer.Option(help="REGEX:AXIS=NUMBER or REGEX:AXIS=no: how tensors of a name are cut.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Only tensors below this name, such as model.")] = None,
+    gb_per_s: Annotated[float | None, typer.Option(help="What one rank reads a second: says how long.")] = None,
+    json: Json = False,
+) -> None:
+    """Say what each rank of another layout would read. Tensors are cut by the rule of docs/plan.md."""
+    from dscheck.cli.plan import show
+
+    show(root, step, to, cut or (), only or (), gb_per_s, json)
+
+
 def main() -> None:
     """The console script. Errors of dscheck are one line on stderr; anything else is a bug and shows its trace."""
     try:

@@ -36,7 +36,9 @@ def show(root: str, step: int | None, tensor: str | None, as_json: bool) -> None
 
 def tensors(contents: Contents) -> list[dict[str, Any]]:
     """Name, aliases, dtype, shape and number of fragments of each tensor."""
-    count = np.bincount(contents.plan.fragments.tensor, minlength=len(contents.plan.tensors))
+    count = np.zeros(len(contents.plan.tensors), np.int64)
+    for batch in contents.plan.batches():
+        np.add.at(count, batch.tensor, 1)
     return [
         {
             "tensor": row.name,

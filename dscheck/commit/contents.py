@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dscheck.commit.stored import ADVICE, StoredPlan, read_digested
 from dscheck.errors import CorruptCheckpointError, IncompleteCoverError, LayoutError
 from dscheck.layout.cover import prove_cover
-from dscheck.manifest.arrow import decode_files, decode_plan
+from dscheck.manifest.arrow import decode_files
 from dscheck.manifest.files import Extent, FileRow, validate_files
-from dscheck.manifest.keys import data_key, files_key, plan_key
+from dscheck.manifest.keys import data_key, files_key
 from dscheck.manifest.objects import decode_objects
 from dscheck.manifest.plan import Plan
 from dscheck.manifest.record import Record
@@ -22,21 +22,6 @@ from dscheck.storage.base import Storage
 
 Options = dict[str, dict[str, Any]]
 """Optimizer → parameter → tagged options."""
-
-ADVICE = "the object is damaged: load an earlier step, or run `dscheck verify`"
-
-
-def read_digested(storage: Storage, key: str, offset: int, size: int, sha256: str) -> bytes:
-    """`size` bytes of `key` from `offset` on, proved by their SHA-256. Raises CorruptCheckpointError."""
-    data = storage.read(key, offset, size)
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise CorruptCheckpointError(
-            f"{storage.url}/{key}: SHA-256 {sha256} stored, {found} computed from {size} bytes at {offset}; {ADVICE}",
-            key=key,
-            offset=offset,
-        )
-    return data
 
 
 def gaps(plan: Plan) -> Iterator[IncompleteCoverError]:
@@ -51,28 +36,34 @@ def gaps(plan: Plan) -> Iterator[IncompleteCoverError]:
 
 @dataclass(frozen=True, slots=True)
 class Contents:
-    """What one committed step says of itself; plan and files have matched the record's digests and each other."""
+    """What one committed step says of itself; the plan's head and the files have matched the record's digests and each
+    other.
+    """
 
     storage: Storage
     record: Record
-    plan: Plan
+    plan: StoredPlan
     files: tuple[FileRow, ...]
 
     @classmethod
     def open(cls, storage: Storage, record: Record) -> Contents:
         """Two reads. Raises CorruptCheckpointError, or CheckpointNotFoundError for an object that is gone."""
-        plan_name = plan_key(record.term, record.plan.sha256)
-        plan = decode_plan(read_digested(storage, plan_name, 0, record.plan.size, record.plan.sha256), plan_name)
+        plan = StoredPlan(storage, record.term, record.plan)
         files_name = files_key(record.step, record.term)
         files = decode_files(read_digested(storage, files_name, 0, record.files.size, record.files.sha256), files_name)
         try:
-            validate_files(files, plan)
+            validate_files(files, plan.head.file_ends)
         except LayoutError as error:
-            lost = next((str(gap) for gap in gaps(plan)), "")
+            lost = next((str(gap) for gap in gaps(plan.whole())), "")
             raise CorruptCheckpointError(
                 f"{storage.url}/{files_name}: {lost or error}; {ADVICE}", key=files_name
             ) from error
         return cls(storage, record, plan, tuple(files))
+
+    @property
+    def head_bytes(self) -> int:
+        """What every rank reads to know where anything lies: the plan's head, and the table of files."""
+        return self.record.plan.size + self.record.files.size
 
     def key(self, rank: int) -> str:
         """The data file of one saved rank."""

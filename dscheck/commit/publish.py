@@ -5,22 +5,25 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dscheck.commit.listing import StepRef, read_step
 from dscheck.commit.once import put_once
 from dscheck.commit.term import confirm, refuse_newer
 from dscheck.errors import ConfigError, CorruptCheckpointError, StorageError, SupersededError
-from dscheck.manifest.files import FileRow
 from dscheck.manifest.keys import attempt_prefix, data_key, files_key, plan_key, record_key
 from dscheck.manifest.record import Digest, Record, Tombstone, decode_record
 from dscheck.storage.base import Storage
 
+if TYPE_CHECKING:  # whoever lists steps needs neither pyarrow nor NumPy
+    from dscheck.manifest.arrow import EncodedPlan
+    from dscheck.manifest.files import FileRow
 
-def put_plan(storage: Storage, term: int, data: bytes) -> Digest:
-    """Store a plan under the digest of its bytes, for its own term only (TRAPS 37)."""
-    digest = Digest(len(data), hashlib.sha256(data).hexdigest())
-    _put_same(storage, plan_key(term, digest.sha256), data)
-    return digest
+
+def put_plan(storage: Storage, term: int, plan: EncodedPlan) -> Digest:
+    """Store a plan under the digest of its head, which holds those of the rest, for its own term only (TRAPS 37)."""
+    _put_same(storage, plan_key(term, plan.head.sha256), plan.data)
+    return plan.head
 
 
 def put_files(storage: Storage, step: int, term: int, data: bytes) -> Digest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -10,8 +9,8 @@ import numpy as np
 
 from dscheck.commit.contents import Contents, gaps
 from dscheck.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
-from dscheck.manifest.fragments import Fragment
-from dscheck.manifest.keys import plan_key
+from dscheck.manifest.fragments import Fragments
+from dscheck.manifest.place import by_file
 from dscheck.native import crc32c_blocks
 
 READ_BYTES = 16 << 20
@@ -31,18 +30,23 @@ def verify(contents: Contents, advance: Callable[[int], None]) -> Iterator[Damag
 
     `advance` is told the bytes of each block range when they have been read.
     """
-    for gap in gaps(contents.plan):
-        yield Damage(plan_key(contents.record.term, contents.record.plan.sha256), None, str(gap))
-    by_writer: dict[int, list[Fragment]] = defaultdict(list)
-    for fragment in contents.plan.fragments:
-        by_writer[fragment.writer].append(fragment)
+    try:
+        plan = contents.plan.whole()
+    except CorruptCheckpointError as error:
+        yield Damage(contents.plan.key, None, str(error))
+        return
+    for gap in gaps(plan):
+        yield Damage(contents.plan.key, None, str(gap))
+    order = by_file(plan.fragments.writer)
+    ends = np.searchsorted(plan.fragments.writer[order], np.arange(len(plan.ranks) + 1))
     for file in contents.files:
         key = contents.key(file.rank)
         try:
             yield from _verify_size(contents, file.rank)
             contents.ours(file.rank)
             contents.mine(file.rank)
-            yield from _verify_blocks(contents, file.rank, by_writer[file.rank], advance)
+            mine = plan.fragments.take(order[ends[file.rank] : ends[file.rank + 1]])
+            yield from _verify_blocks(contents, file.rank, mine, advance)
         except (CorruptCheckpointError, CheckpointNotFoundError, StorageError) as error:
             yield Damage(key, error.fields.get("offset"), str(error))
 
@@ -55,7 +59,7 @@ def _verify_size(contents: Contents, rank: int) -> Iterator[Damage]:
 
 
 def _verify_blocks(
-    contents: Contents, rank: int, fragments: list[Fragment], advance: Callable[[int], None]
+    contents: Contents, rank: int, fragments: Fragments, advance: Callable[[int], None]
 ) -> Iterator[Damage]:
     key, block = contents.key(rank), contents.plan.block_bytes
     stored = contents.checksums([rank])[rank]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ from dscheck.layout.region import Region
 Ints = NDArray[np.int64]
 Int32s = NDArray[np.int32]
 Bools = NDArray[np.bool_]
+N = TypeVar("N", bound=np.generic)
 
 MAX_ITEMS = 1 << 22
 """Bounds that are worked on at a time: what a pass over a plan needs beside the plan stays below a few 100 MB."""
@@ -43,6 +45,17 @@ def opens(*columns: NDArray[np.generic]) -> Bools:
     """Which rows differ from the one before in any of the columns; the first one does."""
     found = np.ones(len(columns[0]), np.bool_)
     found[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return found
+
+
+def joined(parts: list[NDArray[N]], dtype: type[N]) -> NDArray[N]:
+    """All parts, one after the other. Empties the list on the way, so that little more than one copy is in memory."""
+    end = sum(map(len, parts))
+    found = np.empty(end, dtype)
+    while parts:
+        part = parts.pop()
+        found[end - len(part) : end] = part
+        end -= len(part)
     return found
 
 
@@ -81,13 +94,16 @@ class Boxes:
         return cls(at, start[kept], stop[kept])
 
     @classmethod
-    def joined(cls, parts: Sequence[Boxes]) -> Boxes:
-        """The boxes of all parts, in order."""
-        at = np.zeros(sum(map(len, parts)) + 1, np.int64)
-        np.cumsum(np.concatenate([np.empty(0, np.int64), *(part.ndim for part in parts)]), out=at[1:])
-        starts, stops = ([getattr(part, name) for part in parts] for name in ("start", "stop"))
-        none = np.empty(0, np.int64)
-        return cls(at, np.concatenate([none, *starts]), np.concatenate([none, *stops]))
+    def joined(cls, parts: list[Boxes]) -> Boxes:
+        """The boxes of all parts, in order. As `joined`, it empties the list."""
+        rows, items = sum(map(len, parts)), sum(len(part.start) for part in parts)
+        at, start, stop = np.zeros(rows + 1, np.int64), np.empty(items, np.int64), np.empty(items, np.int64)
+        while parts:
+            part = parts.pop()
+            rows, end, items = rows - len(part), items, items - len(part.start)
+            at[rows + 1 : rows + 1 + len(part)] = part.at[1:] + items
+            start[items:end], stop[items:end] = part.start, part.stop
+        return cls(at, start, stop)
 
     def __len__(self) -> int:
         return len(self.at) - 1
@@ -95,7 +111,7 @@ class Boxes:
     @property
     def ndim(self) -> Ints:
         """The number of dimensions of each box."""
-        return np.diff(self.at)
+        return self.at[1:] - self.at[:-1]
 
     def region(self, row: int) -> Region:
         begin, end = int(self.at[row]), int(self.at[row + 1])
@@ -113,15 +129,24 @@ class Boxes:
 
     def take(self, rows: Ints) -> Boxes:
         """These boxes, in this order."""
-        count = self.ndim[rows]
+        count = self.at[rows + 1] - self.at[rows]
         items = spans(self.at[rows], count)
         at = np.zeros(len(rows) + 1, np.int64)
         np.cumsum(count, out=at[1:])
         return Boxes(at, self.start[items], self.stop[items])
 
+    def overlapping(self, wanted: Region) -> Ints:
+        """The rows that share an element with `wanted`, which is not empty; all have as many dimensions."""
+        start, stop = self.matrices(wanted.ndim)
+        hit = np.ones(len(self), np.bool_)
+        # NumPy is slow along short axes.
+        for dim, (first, end) in enumerate(zip(wanted.start, wanted.stop, strict=True)):
+            hit &= (start[:, dim] < end) & (stop[:, dim] > first)
+        return np.flatnonzero(hit)
+
     def matrices(self, ndim: int) -> tuple[Ints, Ints]:
         """Starts and stops, each of shape [boxes, ndim]; a box of fewer dimensions has [0:1] behind its own."""
-        if len(self.start) == len(self) * ndim and (self.ndim == ndim).all():
+        if len(self.start) == len(self) * ndim and (self.at[1:] - self.at[:-1] == ndim).all():
             return self.start.reshape(len(self), ndim), self.stop.reshape(len(self), ndim)
         own = np.arange(ndim) < self.ndim[:, None]
         start, stop = np.zeros(own.shape, np.int64), np.ones(own.shape, np.int64)

@@ -39,7 +39,7 @@ def split(contents: Contents, needs: Sequence[Need], wire: Wire | None, deadline
     block_bytes = contents.plan.block_bytes
     if wire is None or block_bytes % WHOLE_ELEMENTS:
         return Split(list(needs), {}, 0, None)
-    on_device = bool(needs) and all(need.target.view.device.type != "cpu" for need in needs)
+    on_device = all(need.target.view.device.type != "cpu" for need in needs)
     posts = wire.gather(bytes([on_device]) + encode(wanted(needs, block_bytes)), deadline)
     shared = schedule([decode(post[1:]) for post in posts])
     mine = [one for one in shared if wire.rank in one.members]

@@ -115,7 +115,7 @@ class Loader:
                 "loaded; load with strict=False to leave them out, or into the state that was saved"
             )
         self._clock("plan")
-        self._next = "shared"
+        self._next = "done" if self._wire is None else "shared"
         parts = self._act(lambda: split(prepared.contents, prepared.needs, self._wire, self._deadline))
         if self._wire is not None:
             self._exchange("shared", Ok(), _nothing)
@@ -183,12 +183,9 @@ class Loader:
         index = contents.plan.index()
         targets = [target for target in restore.tensors if target.name in index]
         _compare(targets, contents, index, request.convert_dtype)
-        needs = [
-            need
-            for target in targets
-            for part in target.parts
-            for need in needs_of(contents.plan, index[target.name], part.region, part)
-        ]
+        needs = needs_of(
+            contents.plan, [(index[target.name], part.region, part) for target in targets for part in target.parts]
+        )
         checksums = contents.checksums(sorted({need.fragment.writer for need in needs}))
         return _Prepared(contents, restore, needs, checksums)
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from dscheck.errors import IncompleteCoverError
+from dscheck.layout.boxes import Bools, Boxes, Ints
 from dscheck.layout.cover import uncovered
 from dscheck.layout.region import Region
+from dscheck.layout.tiling import tiled_in_order
 from dscheck.manifest.dtypes import ITEMSIZE
-from dscheck.manifest.fragments import Fragment
-from dscheck.manifest.plan import Plan, TensorRow
+from dscheck.manifest.fragments import Fragment, Fragments
+from dscheck.manifest.plan import TensorRow
 
 READ_BYTES = 32 << 20
 """No read, and no buffer of one, is longer, unless a single row of a tensor is."""
@@ -47,26 +51,78 @@ class Read:
     needs: tuple[Need, ...]
 
 
-def needs_of(plan: Plan, tensor: int, wanted: Region, target: Any) -> Iterator[Need]:
-    """What to read for one region of one tensor. Raises IncompleteCoverError with a box that no fragment has."""
-    row = plan.tensors[tensor]
-    overlaps = [
-        (fragment, box)
-        for fragment in plan.overlapping(tensor, wanted)
-        if (box := fragment.region.intersect(wanted)) is not None
-    ]
-    gap = uncovered(wanted, [box for _, box in overlaps])
+class Plan(Protocol):
+    """The fragments of a step, in memory or in the storage."""
+
+    @property
+    def tensors(self) -> tuple[TensorRow, ...]: ...
+    @property
+    def block_bytes(self) -> int: ...
+    def overlapping(self, wanted: Sequence[tuple[int, Region]]) -> list[Fragments]: ...
+
+
+def needs_of(plan: Plan, wanted: Sequence[tuple[int, Region, Any]]) -> list[Need]:
+    """What to read for regions of tensors, each with its target.
+
+    Raises IncompleteCoverError with a box that no fragment has.
+    """
+    overlaps = plan.overlapping([(tensor, region) for tensor, region, _ in wanted])
+    rows, want = Fragments.joined([*overlaps]), np.repeat(np.arange(len(wanted)), list(map(len, overlaps)))
+    regions = Boxes.of([region for _, region, _ in wanted])
+    ndim = int(regions.ndim.max(initial=0))
+    low, high = regions.matrices(ndim)
+    outer = rows.boxes.matrices(ndim)
+    start, stop = np.maximum(outer[0], low[want]), np.minimum(outer[1], high[want])
+    covered = tiled_in_order(want, high - low, start - low[want], stop - low[want])
+    for number in np.flatnonzero(~covered).tolist():
+        _refuse_gap(plan, wanted[number], overlaps[number])
+    itemsize = np.array([ITEMSIZE[plan.tensors[tensor].dtype] for tensor, _, _ in wanted], np.int64)[want]
+    begin, end, whole = _spans(*outer, start, stop, itemsize, plan.block_bytes)
+    first, last = (begin // plan.block_bytes).tolist(), (-(-end // plan.block_bytes)).tolist()
+    boxes = Boxes.cut(start, stop, regions.ndim[want])
+    needs = []
+    for number, (fragment, of, alone) in enumerate(zip(rows, want.tolist(), whole.tolist(), strict=True)):
+        tensor, _, target = wanted[of]
+        row, box = plan.tensors[tensor], boxes.region(number)
+        if alone:
+            needs.append(Need(fragment, row, box, first[number], last[number], target))
+            continue
+        for part in _bounded(fragment.region, box, ITEMSIZE[row.dtype], plan.block_bytes):
+            a, b = _span(fragment.region, part, ITEMSIZE[row.dtype])
+            needs.append(Need(fragment, row, part, a // plan.block_bytes, -(-b // plan.block_bytes), target))
+    return needs
+
+
+def _refuse_gap(plan: Plan, want: tuple[int, Region, Any], rows: Fragments) -> None:
+    tensor, region, _ = want
+    gap = uncovered(region, [row.region for row in rows])
     if gap is not None:
+        name = plan.tensors[tensor].name
         raise IncompleteCoverError(
-            f"tensor '{row.name}': no fragment of the checkpoint holds {gap} of the wanted region {wanted}",
-            tensor=row.name,
+            f"tensor '{name}': no fragment of the checkpoint holds {gap} of the wanted region {region}",
+            tensor=name,
             missing=gap,
         )
-    itemsize = ITEMSIZE[row.dtype]
-    for fragment, box in overlaps:
-        for part in _bounded(fragment.region, box, itemsize, plan.block_bytes):
-            begin, end = _span(fragment.region, part, itemsize)
-            yield Need(fragment, row, part, begin // plan.block_bytes, -(-end // plan.block_bytes), target)
+
+
+def _spans(
+    outer_start: Ints, outer_stop: Ints, start: Ints, stop: Ints, itemsize: Ints, block_bytes: int
+) -> tuple[Ints, Ints, Bools]:
+    """`_span` of many boxes in many fragments, and which of them `_bounded` leaves whole."""
+    lengths = outer_stop - outer_start
+    strides = np.ones_like(lengths)
+    strides[:, :-1] = np.cumprod(lengths[:, :0:-1], axis=1)[:, ::-1]
+    strides *= itemsize[:, None]
+    shape = stop - start
+    begin = ((start - outer_start) * strides).sum(axis=1)
+    span = ((shape - 1) * strides).sum(axis=1) + itemsize
+    wide = shape > 1
+    rows = np.arange(len(shape))
+    dim = np.argmax(wide, axis=1) if wide.size else rows * 0
+    stride, length = (strides[rows, dim], shape[rows, dim]) if wide.size else (itemsize, itemsize * 0 + 1)
+    row_span = span - (length - 1) * stride
+    whole = (length == 1) | ((stride - row_span < 2 * block_bytes) & (span <= READ_BYTES))
+    return begin, begin + span, whole
 
 
 def _strides(outer: Region, itemsize: int) -> list[int]:

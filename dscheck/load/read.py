@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dscheck.commit.contents import ADVICE, Contents
+from dscheck.commit.contents import Contents
+from dscheck.commit.stored import ADVICE
 from dscheck.config import Settings
 from dscheck.errors import CorruptCheckpointError, DeadlineError, DscheckError, StorageError
 from dscheck.load.needs import Need, Read
@@ -28,6 +29,9 @@ Blocks = tuple[int, int, NDArray[np.uint32]]
 
 AT_ONCE = 5
 """Reads that always find a buffer, whatever the budget."""
+
+BUFFER_EXTRA_BYTES = 2 << 20
+"""What a buffer has beside the longest read, to align it."""
 
 AHEAD = 64
 """Reads that native threads know of beforehand; each may hold two descriptors of its file."""
@@ -68,9 +72,11 @@ class Reader:
         self._file: tuple[int, File] | None = None
         self._error: BaseException | None = None
         longest = max((task.read.stop - task.read.start for task in tasks), default=0)
-        buffers = min(len(tasks), max(AT_ONCE, settings.read_memory_bytes // (longest + (2 << 20))))
+        most = max(AT_ONCE, settings.read_memory_bytes // (longest + BUFFER_EXTRA_BYTES))
+        threads = min(settings.read_threads, most, len(tasks))
+        waits = any(task.kept or _delivered(task.read) for task in tasks)
+        buffers = min(most, len(tasks)) if waits else threads  # each costs its first touch
         device = _page_locked_for(need for task in tasks for need in task.read.needs)
-        threads = min(settings.read_threads, buffers)
         local = isinstance(storage, LocalFiles)
         self._native = NativeReader(threads if local else 0, buffers, longest, self._block_bytes, device)
         for number in range(0 if local else threads):

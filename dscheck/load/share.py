@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import zlib
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
+from dscheck.errors import LayoutError
 from dscheck.layout.flat import flat_range_boxes
 from dscheck.load.needs import Need
 from dscheck.manifest.dtypes import ITEMSIZE
+from dscheck.manifest.keys import LARGEST
 from dscheck.manifest.place import SMALL_ALIGNMENT
+
+Table = NDArray[np.int64]
+"""Rows of file, start and stop: ranges, ascending and apart."""
 
 PIECE_BYTES = 8 << 20
 """What is wanted is cut here, so that no more than twice as much is read, or passed on, at a time."""
@@ -127,48 +132,63 @@ def encode(ranges: Sequence[Range]) -> bytes:
     return zlib.compress(np.diff(table, axis=0, prepend=np.zeros((1, 3), "<i8")).T.tobytes(), 1)
 
 
-def decode(data: bytes) -> list[Range]:
-    """What `encode` was given."""
-    table = np.cumsum(np.frombuffer(zlib.decompress(data), "<i8").reshape(3, -1).T, axis=0)
-    return [Range(*row) for row in table.tolist()]
+def decode(data: bytes) -> Table:
+    """What `encode` was given, as rows of file, start and stop."""
+    return np.cumsum(np.frombuffer(zlib.decompress(data), "<i8").reshape(3, -1).T, axis=0)
 
 
-def schedule(wants: Sequence[Sequence[Range]]) -> list[Shared]:
+def schedule(wants: Sequence[Table]) -> list[Shared]:
     """Who reads each range that more than one rank wants, and when; `wants` has the ranges of each rank.
 
     The ranks that want a range take turns, so that all read about as many bytes, private ones included. A round is
     bounded in what a rank reads and is sent, not in time. Ordered by round for each reader.
     """
-    segments = list(_segments(wants))
-    loads = [sum(r.nbytes for r in ranges) for ranges in wants]
-    for range_, members in segments:
-        for member in members:
-            loads[member] -= range_.nbytes
+    segments, covers = _shared(wants)
+    nbytes = segments[:, 2] - segments[:, 1]
+    loads = [
+        int((table[:, 2] - table[:, 1]).sum() - nbytes[cover].sum()) for table, cover in zip(wants, covers, strict=True)
+    ]
+    sets = np.packbits(np.array(covers, bool).reshape(len(wants), len(segments)), axis=0).T
+    known: dict[bytes, tuple[int, ...]] = {}
     rounds = _Rounds(len(wants))
     found = []
-    for range_, members in segments:
+    for number, (row, members_bits) in enumerate(zip(segments.tolist(), map(bytes, sets), strict=True)):
+        if members_bits not in known:
+            known[members_bits] = tuple(rank for rank, cover in enumerate(covers) if cover[number])
+        range_, members = Range(*row), known[members_bits]
         reader = min(members, key=lambda member: (loads[member], member))
         loads[reader] += range_.nbytes
         found.append(Shared(range_, reader, members, rounds.place(range_.nbytes, reader, members)))
     return found
 
 
-def _segments(wants: Sequence[Sequence[Range]]) -> Iterator[tuple[Range, tuple[int, ...]]]:
-    """The ranges that the same ranks want, where these are several, ascending."""
-    events: dict[tuple[int, int], int] = defaultdict(int)
-    for rank, ranges in enumerate(wants):
-        for r in ranges:
-            events[r.file, r.start] ^= 1 << rank
-            events[r.file, r.stop] ^= 1 << rank
-    cuts = {(r.file, place) for ranges in wants for r in ranges for place in (r.start, r.stop)}
-    known: dict[int, tuple[int, ...]] = {}
-    mask, before = 0, (-1, 0)
-    for place in sorted(cuts):
-        if mask & (mask - 1):
-            if mask not in known:
-                known[mask] = tuple(rank for rank in range(len(wants)) if mask >> rank & 1)
-            yield Range(before[0], before[1], place[1]), known[mask]
-        mask, before = mask ^ events[place], place
+def _shared(wants: Sequence[Table]) -> tuple[Table, list[NDArray[np.bool_]]]:
+    """The ranges that the same several ranks want, ascending, and of each rank which of them it wants."""
+    rows = np.concatenate([np.empty((0, 3), np.int64), *wants])
+    files = np.unique(rows[:, 0])
+    ends = np.zeros(len(files), np.int64)
+    np.maximum.at(ends, np.searchsorted(files, rows[:, 0]), rows[:, 2])
+    if sum(map(int, ends)) > LARGEST:
+        raise LayoutError("the data files have more than 2**63 bytes together")
+    bases = np.cumsum(ends) - ends  # the files as one, each behind the other
+
+    def places(table: Table, column: int) -> NDArray[np.int64]:
+        return bases[np.searchsorted(files, table[:, 0])] + table[:, column]
+
+    cuts = np.unique(np.concatenate([places(rows, 1), places(rows, 2)]))
+    changes = np.zeros(len(cuts), np.int64)
+    np.add.at(changes, np.searchsorted(cuts, places(rows, 1)), 1)
+    np.add.at(changes, np.searchsorted(cuts, places(rows, 2)), -1)
+    several = np.flatnonzero(np.cumsum(changes) > 1)
+    starts, stops = cuts[several], cuts[several + 1]
+    owners = np.searchsorted(bases, starts, side="right") - 1
+    segments = np.stack([files[owners], starts - bases[owners], stops - bases[owners]], axis=1)
+    covers = []
+    for table in wants:
+        before = np.searchsorted(places(table, 1), starts, side="right") - 1
+        reach = np.append(places(table, 2), 0)[before]  # before the first: -1, which finds the 0
+        covers.append(reach >= stops)
+    return segments, covers
 
 
 class _Rounds:

@@ -22,6 +22,9 @@ FIRST_TAG = 0x64730000
 
 SHORTEST_S = 0.001
 
+EARLY_S = 0.05
+"""By so much may the group's own clock end a wait too soon: it counts whole milliseconds."""
+
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
@@ -37,8 +40,11 @@ class Wire(Protocol):
     @property
     def rank(self) -> int: ...
 
-    def gather(self, mine: bytes, deadline: float) -> list[bytes]:
-        """What every rank has, by rank. Raises RankFailureError, or DeadlineError on time.monotonic()."""
+    def gather(self, mine: bytes, deadline: float, on_device: bool = False) -> list[bytes]:
+        """What every rank has, by rank; `on_device` as for `swap`, which needs such a gather before it.
+
+        Raises RankFailureError, or DeadlineError on time.monotonic().
+        """
 
     def swap(
         self, sends: Sequence[tuple[int, torch.Tensor]], arrivals: Sequence[Arrival], on_device: bool, deadline: float
@@ -63,11 +69,11 @@ class GroupWire:
         self.rank = dist.get_rank()
         self._size = dist.get_world_size()
 
-    def gather(self, mine: bytes, deadline: float) -> list[bytes]:
-        device = group_device()
+    def gather(self, mine: bytes, deadline: float, on_device: bool = False) -> list[bytes]:
+        device = group_device(prefer_accelerator=on_device)
         sizes = self._gather(torch.tensor([len(mine)], device=device), deadline)
         lengths = [int(size.item()) for size in sizes]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)
+        padded = torch.zeros(max(1, *lengths), dtype=torch.uint8)
         padded[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
         texts = self._gather(padded.to(device), deadline)
         return [text[:length].cpu().numpy().tobytes() for text, length in zip(texts, lengths, strict=True)]
@@ -97,11 +103,11 @@ class GroupWire:
 
     def _gather(self, mine: torch.Tensor, deadline: float) -> list[torch.Tensor]:
         found = [torch.empty_like(mine) for _ in range(self._size)]
-        everybody = list(range(self._size))
-        with _translated(everybody, deadline):
+        others = [rank for rank in range(self._size) if rank != self.rank]
+        with _translated(others, deadline):
             work = dist.all_gather(found, mine, async_op=True)
         assert work is not None
-        self._wait(work, mine.device, everybody, deadline)
+        self._wait(work, mine.device, others, deadline)
         return found
 
     def _wait(self, work: dist.Work, device: torch.device, peers: Sequence[int], deadline: float) -> None:
@@ -123,7 +129,7 @@ def _translated(peers: Sequence[int], deadline: float) -> Iterator[None]:
     except DscheckError:
         raise
     except RuntimeError as error:
-        if time.monotonic() >= deadline:
+        if time.monotonic() >= deadline - EARLY_S:
             raise _late(peers) from error
         message = f"the process group failed: {str(error).splitlines()[0]}"
         ranks = tuple(sorted(set(peers)))

@@ -6,18 +6,36 @@ messages.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from dscheck.errors import CorruptCheckpointError
 from dscheck.layout.boxes import Boxes
+from dscheck.layout.region import Region
 from dscheck.manifest.files import Extent, FileRow, validate_files
 from dscheck.manifest.fragments import Fragments
+from dscheck.manifest.head import BATCH_ROWS, BatchRules, Directory, Head, cut_into_batches
 from dscheck.manifest.messages import Column
 from dscheck.manifest.plan import Plan, RankRow, TensorRow
-from dscheck.manifest.tables import columns, ints, lists, offsets, ragged, read, text_lists, texts, write
+from dscheck.manifest.record import Digest
+from dscheck.manifest.tables import (
+    columns,
+    ints,
+    lists,
+    offsets,
+    ragged,
+    read,
+    read_packed,
+    text_lists,
+    texts,
+    write,
+    write_packed,
+)
 
 
 def _int32(name: str) -> Column:
@@ -52,8 +70,20 @@ RANKS = (
     _utf8("host"),
     _list("mesh_dims", _utf8("item")),
     _list("mesh_coordinates", _int32("item")),
+    _int64("end"),
+    _int64("blocks"),
 )
 HOLDERS = (_list("ranks", _int32("item")),)
+BATCHES = (
+    _int64("offset"),
+    _int64("size"),
+    _int32("rows"),
+    _int32("first"),
+    _int32("last"),
+    _list("low", _int64("item")),
+    _list("high", _int64("item")),
+    Column("sha256", "bytes", 32),
+)
 FILES = (
     _int32("rank"),
     _int64("size"),
@@ -66,11 +96,58 @@ FILES = (
 )
 
 
-def encode_plan(plan: Plan) -> bytes:
-    """The plan's object: four streams. Raises LayoutError for a plan that would not be read again."""
+@dataclass(frozen=True, slots=True)
+class EncodedPlan:
+    """The object of a plan, and the digest of its head, which says the digests of all batches behind it."""
+
+    data: bytes
+    head: Digest
+
+
+def encode_plan(plan: Plan) -> EncodedPlan:
+    """Raises LayoutError for a plan that would not be read again."""
     plan.validate()
-    tensors, fragments, ranks = plan.tensors, plan.fragments, plan.ranks
-    blocks = {"dscheck.block_bytes": str(plan.block_bytes)}
+    cuts = list(cut_into_batches(plan.fragments.tensor, BATCH_ROWS))
+    batches = [_encode_batch(plan.fragments[begin:end]) for begin, end in cuts]
+    head = _encode_head(plan, _directory(plan.fragments, cuts, batches))
+    return EncodedPlan(b"".join((head, *batches)), Digest(len(head), hashlib.sha256(head).hexdigest()))
+
+
+def _encode_batch(rows: Fragments) -> bytes:
+    arrays = [
+        pa.array(rows.tensor),
+        ragged(rows.boxes.at, rows.boxes.start),
+        ragged(rows.boxes.at, rows.boxes.stop),
+        pa.array(rows.writer),
+        pa.array(rows.offset),
+        pa.array(rows.nbytes),
+        pa.array(rows.first_block),
+        pa.array(rows.holders),
+    ]
+    return write_packed("fragments", FRAGMENTS, arrays)
+
+
+def _directory(rows: Fragments, cuts: Sequence[tuple[int, int]], batches: Sequence[bytes]) -> Directory:
+    begin, end = np.array(cuts, np.int64).reshape(-1, 2).T
+    first, last = rows.tensor[begin].astype(np.int64), rows.tensor[end - 1].astype(np.int64)
+    size = np.array(list(map(len, batches)), np.int64)
+    split = np.zeros(len(cuts), np.bool_)
+    split[1:] = first[1:] == last[:-1]
+    split[:-1] |= split[1:]
+    hulls = [_hull(rows.boxes.part(*cut)) if parted else None for cut, parted in zip(cuts, split.tolist(), strict=True)]
+    boxes = Boxes.of([hull or Region((), ()) for hull in hulls])
+    digests = tuple(hashlib.sha256(batch).digest() for batch in batches)
+    return Directory(np.cumsum(size) - size, size, end - begin, first, last, boxes, digests)
+
+
+def _hull(boxes: Boxes) -> Region:
+    start, stop = boxes.matrices(int(boxes.ndim[0]))
+    return Region(tuple(start.min(axis=0).tolist()), tuple(stop.max(axis=0).tolist()))
+
+
+def _encode_head(plan: Plan, directory: Directory) -> bytes:
+    tensors, ranks = plan.tensors, plan.ranks
+    ends = plan.file_ends()
     return write(
         ("tensors", TENSORS, {}, [
             texts(t.name for t in tensors),
@@ -78,43 +155,71 @@ def encode_plan(plan: Plan) -> bytes:
             lists([t.shape for t in tensors], np.int64),
             text_lists([t.aliases for t in tensors]),
         ]),
-        ("fragments", FRAGMENTS, blocks, [
-            pa.array(fragments.tensor),
-            ragged(fragments.boxes.at, fragments.boxes.start),
-            ragged(fragments.boxes.at, fragments.boxes.stop),
-            pa.array(fragments.writer),
-            pa.array(fragments.offset),
-            pa.array(fragments.nbytes),
-            pa.array(fragments.first_block),
-            pa.array(fragments.holders),
-        ]),
         ("ranks", RANKS, {}, [
             ints([r.rank for r in ranks], np.int32),
             texts(r.host for r in ranks),
             text_lists([[name for name, _ in r.mesh] for r in ranks]),
             lists([[at for _, at in r.mesh] for r in ranks], np.int32),
+            ints([end for end, _ in ends], np.int64),
+            ints([blocks for _, blocks in ends], np.int64),
         ]),
         ("holders", HOLDERS, {}, [lists(plan.holders, np.int32)]),
+        ("batches", BATCHES, {"dscheck.block_bytes": str(plan.block_bytes)}, [
+            pa.array(directory.offset),
+            pa.array(directory.size),
+            pa.array(directory.rows.astype(np.int32)),
+            pa.array(directory.first.astype(np.int32)),
+            pa.array(directory.last.astype(np.int32)),
+            ragged(directory.hulls.at, directory.hulls.start),
+            ragged(directory.hulls.at, directory.hulls.stop),
+            pa.array(directory.sha256, pa.binary(32)),
+        ]),
     )  # fmt: skip
 
 
-def decode_plan(data: bytes, key: str) -> Plan:
-    """The plan in the object `key`. CorruptCheckpointError for any other content, with memory in its proportion."""
-    try:
-        tensors, fragments, ranks, holders = read(
-            data, ("tensors", TENSORS), ("fragments", FRAGMENTS), ("ranks", RANKS), ("holders", HOLDERS)
+def decode_head(data: bytes, key: str) -> Head:
+    """The head in the object `key`. CorruptCheckpointError for any other content, with memory in its proportion."""
+    with refusing(key):
+        tensors, ranks, holders, batches = read(
+            data, ("tensors", TENSORS), ("ranks", RANKS), ("holders", HOLDERS), ("batches", BATCHES)
         )
-        plan = Plan(
+        *names, ends, blocks = columns(ranks)
+        head = Head(
             tuple(map(TensorRow, *columns(tensors))),
-            _fragments(fragments),
-            tuple(_ranks(*columns(ranks))),
+            tuple(_ranks(*names)),
             tuple(columns(holders)[0]),
-            _block_bytes(fragments.schema),
+            tuple(zip(ends, blocks, strict=True)),
+            _decode_directory(batches),
+            _block_bytes(batches.schema),
         )
-        plan.validate()
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise _corrupt(key, error) from error
-    return plan
+        head.validate()
+    return head
+
+
+def _decode_directory(batch: pa.RecordBatch) -> Directory:
+    *numbers, low, high, digests = batch.columns
+    offset, size, rows, first, last = (column.to_numpy().astype(np.int64) for column in numbers)
+    at = offsets(low)
+    if not np.array_equal(at, offsets(high)):
+        raise ValueError("a box has not as many starts as stops")
+    hulls = Boxes(at, low.values.to_numpy(), high.values.to_numpy())
+    return Directory(offset, size, rows, first, last, hulls, tuple(digests.to_pylist()))
+
+
+def decode_batch(data: bytes, number: int, head: Head, rules: BatchRules, key: str) -> Fragments:
+    """The fragments in batch `number` of the object `key`, as many as the head says; its digest has been compared.
+
+    Raises as decode_head. Of each row it is still to be checked whether it agrees with the head.
+    """
+    with refusing(f"{key} batch {number}"):
+        rows = int(head.directory.rows[number])
+        tensor, start, stop, *numbers = read_packed(data, "fragments", FRAGMENTS, rows)
+        if not np.array_equal(start[0], stop[0]):
+            raise ValueError("a fragment has not as many starts as stops")
+        boxes = Boxes(start[0].astype(np.int64), start[1], stop[1])
+        fragments = Fragments(tensor[0], boxes, *(column[0] for column in numbers))
+        rules.check_bounds(number, fragments)
+    return fragments
 
 
 def encode_files(rows: Sequence[FileRow]) -> bytes:
@@ -135,7 +240,7 @@ def encode_files(rows: Sequence[FileRow]) -> bytes:
 
 def decode_files(data: bytes, key: str) -> tuple[FileRow, ...]:
     """The rows in the object `key`. Raises CorruptCheckpointError for every other content."""
-    try:
+    with refusing(key):
         (batch,) = read(data, ("files", FILES))
         rank, size, blocks, *parts = columns(batch)
         extents = [
@@ -144,18 +249,7 @@ def decode_files(data: bytes, key: str) -> tuple[FileRow, ...]:
         ]
         rows = tuple(map(FileRow, rank, size, blocks, *extents))
         validate_files(rows)
-    except (ValueError, OSError, pa.ArrowException) as error:
-        raise _corrupt(key, error) from error
     return rows
-
-
-def _fragments(batch: pa.RecordBatch) -> Fragments:
-    tensor, start, stop, *numbers = batch.columns
-    at = offsets(start)
-    if not np.array_equal(at, offsets(stop)):
-        raise ValueError("a fragment has not as many starts as stops")
-    boxes = Boxes(at, start.values.to_numpy(), stop.values.to_numpy())
-    return Fragments(tensor.to_numpy(), boxes, *(column.to_numpy() for column in numbers))
 
 
 def _ranks(
@@ -172,8 +266,14 @@ def _block_bytes(schema: pa.Schema) -> int:
     return int(digits)
 
 
-def _corrupt(key: str, error: Exception) -> CorruptCheckpointError:
-    return CorruptCheckpointError(
-        f"'{key}' is damaged, or was not written by dscheck ({error}): load an earlier step, or run `dscheck verify`",
-        key=key,
-    )
+@contextmanager
+def refusing(key: str) -> Iterator[None]:
+    """What is wrong with the content of the object `key` becomes a CorruptCheckpointError."""
+    try:
+        yield
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise CorruptCheckpointError(
+            f"'{key}' is damaged, or was not written by dscheck ({error}): load an earlier step, or run "
+            "`dscheck verify`",
+            key=key,
+        ) from error

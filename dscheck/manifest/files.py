@@ -9,7 +9,6 @@ from dscheck.errors import LayoutError
 from dscheck.manifest.fields import SHA256
 from dscheck.manifest.keys import LARGEST
 from dscheck.manifest.place import CHECKSUM_ALIGNMENT, align
-from dscheck.manifest.plan import Plan
 
 CHECKSUM_BYTES = 4
 
@@ -39,18 +38,18 @@ class FileRow:
     mine: Extent
 
 
-def validate_files(rows: Sequence[FileRow], plan: Plan | None = None) -> None:
+def validate_files(rows: Sequence[FileRow], ends: Sequence[tuple[int, int]] | None = None) -> None:
     """Raises LayoutError unless there is one row a rank, in order, and each file is laid out without a gap or overlap.
 
-    With `plan`, unless the rows also are those of its ranks, with its fragments and blocks.
+    With a plan's `file_ends`, unless the rows also are those of its ranks, with its fragments and blocks.
     """
     for number, row in enumerate(rows):
         _check_row(number, row)
-    if plan is None:
+    if ends is None:
         return
-    if len(rows) != len(plan.ranks):
-        raise LayoutError(f"{len(rows)} data files, the plan has {len(plan.ranks)} ranks")
-    for row, (end, blocks) in zip(rows, plan.file_ends(), strict=True):
+    if len(rows) != len(ends):
+        raise LayoutError(f"{len(rows)} data files, the plan has {len(ends)} ranks")
+    for row, (end, blocks) in zip(rows, ends, strict=True):
         if (row.blocks, row.checksums.offset) != (blocks, align(end, CHECKSUM_ALIGNMENT)):
             raise LayoutError(
                 f"data file {row.rank} has {row.blocks} blocks with checksums at {row.checksums.offset}; "

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from dscheck.errors import LayoutError
-from dscheck.layout.boxes import Boxes, Int32s, Ints
+from dscheck.layout.boxes import Boxes, Int32s, Ints, joined
 from dscheck.layout.region import Region
 
 
@@ -60,6 +60,25 @@ class Fragments(Sequence[Fragment]):
             _column([row.holders for row in rows], np.int32),
         )
 
+    @classmethod
+    def joined(cls, parts: list[Fragments]) -> Fragments:
+        """The rows of all parts, in order. Empties the list."""
+        if len(parts) == 1:
+            return parts.pop()
+        columns = [list(column) for column in zip(*(part._numbers() for part in parts), strict=True)] or [[]] * 6
+        boxes = [part.boxes for part in parts]
+        parts.clear()
+        tensor, writer, offset, nbytes, first_block, holders = columns
+        return cls(
+            joined(tensor, np.int32),
+            Boxes.joined(boxes),
+            joined(writer, np.int32),
+            joined(offset, np.int64),
+            joined(nbytes, np.int64),
+            joined(first_block, np.int64),
+            joined(holders, np.int32),
+        )
+
     def __len__(self) -> int:
         return len(self.tensor)
 
@@ -79,6 +98,11 @@ class Fragments(Sequence[Fragment]):
         numbers = [int(column[row]) for column in self._numbers()]
         return Fragment(numbers[0], self.boxes.region(row), *numbers[1:])
 
+    def __iter__(self) -> Iterator[Fragment]:
+        tensor, *others = (column.tolist() for column in self._numbers())
+        regions = map(self.boxes.region, range(len(self)))
+        return map(Fragment, tensor, regions, *others)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Fragments):
             return NotImplemented
@@ -92,20 +116,21 @@ class Fragments(Sequence[Fragment]):
 
     def rows_of(self, tensor: int) -> tuple[int, int]:
         """Where the rows of a tensor begin and end; they are in order."""
+        if len(self) and self.tensor[0] == tensor == self.tensor[-1]:
+            return 0, len(self)
         begin, end = np.searchsorted(self.tensor, np.array([tensor, tensor + 1], np.int32))
         return int(begin), int(end)
 
     def overlapping(self, tensor: int, wanted: Region) -> Fragments:
         """The rows of a tensor that share an element with `wanted`, a region of as many dimensions."""
         begin, end = self.rows_of(tensor)
-        if begin == end:
-            return self[begin:end]
-        start, stop = self.boxes.part(begin, end).matrices(wanted.ndim)
-        hit = ((start < np.array(wanted.stop)) & (stop > np.array(wanted.start))).all(axis=1)
-        return self.take(begin + np.flatnonzero(hit))
+        if begin == end or not wanted.numel:
+            return self[:0]
+        boxes = self.boxes if end - begin == len(self) else self.boxes.part(begin, end)
+        return self.take(begin + boxes.overlapping(wanted))
 
     def _numbers(self) -> list[NDArray[Any]]:
-        return [getattr(self, field.name) for field in fields(self) if field.name != "boxes"]
+        return [self.tensor, self.writer, self.offset, self.nbytes, self.first_block, self.holders]
 
     def _each(self, boxes: Boxes, rows: slice | Ints) -> Fragments:
         tensor, *others = (column[rows] for column in self._numbers())

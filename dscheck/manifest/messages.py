@@ -10,18 +10,23 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 MAX_ROWS = 2**31 - 1
+MAX_LIST = 64
+"""Items in a row of a compressed batch at most, as a tensor has dimensions: its offsets are not decoded yet."""
+
 _CONTINUATION = b"\xff\xff\xff\xff"
 _END = _CONTINUATION + b"\0\0\0\0"
+_ZSTD = 1
 _V5, _SCHEMA, _RECORD_BATCH = 4, 1, 3
 _TYPES = {"int": 2, "utf8": 5, "list": 12, "bytes": 15}
-_PADDING = 64
+PADDING = 64
+_LAYOUTS = {code: struct.Struct(code) for code in ("<b", "<B", "<h", "<H", "<i", "<I", "<q")}
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(NamedTuple):
     """One column without nulls: signed integers or byte strings of `width` bytes, UTF-8 text, or lists of `item`."""
 
     name: str
@@ -38,20 +43,48 @@ def walk(data: bytes, streams: Sequence[Sequence[Column]]) -> list[tuple[int, in
     bounds, position = [], 0
     for columns in streams:
         begin = position
-        schema, body_bytes, position = _message(data, position, _SCHEMA)
-        if body_bytes:
-            raise ValueError("a schema has a body")
-        _check_schema(schema, columns)
+        position = _checked_schema(data, position, columns)
         batch, body_bytes, position = _message(data, position, _RECORD_BATCH)
         _Batch(batch, memoryview(data)[position : position + body_bytes]).check(columns)
-        position += body_bytes
-        if data[position : position + len(_END)] != _END:
-            raise ValueError("a stream does not end after its one batch")
-        position += len(_END)
+        position = _stream_end(data, position + body_bytes)
         bounds.append((begin, position))
     if position != len(data):
         raise ValueError(f"{len(data) - position} bytes follow the last stream")
     return bounds
+
+
+class Packed(NamedTuple):
+    """One buffer of a compressed batch: its bytes, and how many it has once they are decoded; None: they are raw."""
+
+    data: memoryview
+    nbytes: int | None
+
+
+def walk_packed(data: bytes, columns: Sequence[Column]) -> tuple[bytes, int, list[Packed]]:
+    """The schema's message, the number of rows, and all buffers in Arrow's order: of each column an empty bitmap, its
+    numbers, or its offsets, which are still to be checked, and the same of its items.
+
+    `data` is one stream as for `walk`, with each buffer compressed by zstd. Raises ValueError for anything else.
+    """
+    position = _checked_schema(data, 0, columns)
+    schema = data[:position]
+    table, body_bytes, position = _message(data, position, _RECORD_BATCH)
+    if _stream_end(data, position + body_bytes) != len(data):
+        raise ValueError("bytes follow the stream")
+    return schema, *_packed_buffers(table, memoryview(data)[position : position + body_bytes], columns)
+
+
+def _checked_schema(data: bytes, position: int, columns: Sequence[Column]) -> int:
+    """Where the schema's message ends that begins at `position`, when it is that of these columns."""
+    end = position + 8 + _read(memoryview(data), position + 4, "<i")
+    _check_schema(data[position:end], tuple(columns))
+    return end
+
+
+def _stream_end(data: bytes, position: int) -> int:
+    if data[position : position + len(_END)] != _END:
+        raise ValueError("a stream does not end after its one batch")
+    return position + len(_END)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +141,10 @@ class _Table:
 
 
 def _read(data: memoryview, at: int, code: str) -> int:
-    if not 0 <= at <= len(data) - struct.calcsize(code):
+    layout = _LAYOUTS[code]
+    if not 0 <= at <= len(data) - layout.size:
         raise ValueError("a message points outside itself")
-    number: int = struct.unpack_from(code, data, at)[0]
+    number: int = layout.unpack_from(data, at)[0]
     return number
 
 
@@ -133,7 +167,11 @@ def _message(data: bytes, position: int, kind: int) -> tuple[_Table, int, int]:
     return message.table(2), body_bytes, start + size
 
 
-def _check_schema(schema: _Table, columns: Sequence[Column]) -> None:
+@lru_cache(16)  # the batches of a plan have one schema, word by word
+def _check_schema(message: bytes, columns: tuple[Column, ...]) -> None:
+    schema, body_bytes, end = _message(message, 0, _SCHEMA)
+    if body_bytes or end != len(message):
+        raise ValueError("a schema has a body")
     # Slot 0 is the byte order (0 is little), 3 features such as compressed bodies. The caller reads slot 2, metadata.
     if schema.number(0, "<h") or schema.has(3):
         raise ValueError("a schema with another byte order, or with features")
@@ -201,7 +239,7 @@ class _Batch:
         offset, size = next(self._buffers, (-1, 0))
         if offset % 8 or offset < self._end or offset + size > len(self._body):
             raise ValueError(f"a buffer of column '{column.name}' is not inside the body")
-        if not (nbytes if least is None else least) <= size <= -(-nbytes // _PADDING) * _PADDING:
+        if not (nbytes if least is None else least) <= size <= -(-nbytes // PADDING) * PADDING:
             raise ValueError(f"a buffer of column '{column.name}' has {size} bytes, {nbytes} expected")
         self._end = offset + size
         return offset, size
@@ -216,3 +254,41 @@ class _Batch:
         if size < 4 or first != 0 or last < 0:
             raise ValueError(f"column '{column.name}' has offsets from {first} to {last}")
         return last
+
+
+def _packed_buffers(batch: _Table, body: memoryview, columns: Sequence[Column]) -> tuple[int, list[Packed]]:
+    """The rows of a compressed batch, and its buffers, whose lengths once decoded are those that the rows ask for."""
+    if batch.has(4) or not batch.has(3):
+        raise ValueError("a batch that is not compressed")
+    compression = batch.table(3)
+    if (compression.number(0, "<b"), compression.number(1, "<b")) != (_ZSTD, 0):
+        raise ValueError("a batch that is not compressed by zstd, buffer by buffer")
+    rows, nodes, buffers = batch.number(0, "<q"), list(batch.pairs(1)), list(batch.pairs(2))
+    if not 0 <= rows <= MAX_ROWS:
+        raise ValueError(f"a batch of {rows} rows")
+    found: list[Packed] = []
+    end = node = 0
+    for column in columns:
+        wanted = [rows * column.width]
+        if nodes[node : node + 1] != [(rows, 0)]:
+            raise ValueError(f"column '{column.name}' does not have {rows} rows without nulls")
+        node += 1
+        if column.item is not None:
+            items, nulls = nodes[node] if node < len(nodes) else (-1, 0)
+            if nulls or not 0 <= items <= rows * MAX_LIST:
+                raise ValueError(f"column '{column.name}' has {items} items in {rows} rows, and {nulls} nulls")
+            wanted = [4 * (rows + 1), 0, items * column.item.width]
+            node += 1
+        for nbytes in (0, *wanted):
+            offset, size = buffers[len(found)] if len(found) < len(buffers) else (-1, 0)
+            if offset % 8 or offset < end or offset + size > len(body) or 0 < size < 8 or size < 0:
+                raise ValueError(f"a buffer of column '{column.name}' is not inside the body")
+            end = offset + size
+            says = int.from_bytes(body[offset : offset + 8], "little", signed=True) if size else 0
+            decoded = size - 8 if says == -1 else says
+            if not nbytes <= decoded <= -(-nbytes // PADDING) * PADDING or (size and not nbytes):
+                raise ValueError(f"a buffer of column '{column.name}' has {decoded} bytes decoded, {nbytes} expected")
+            found.append(Packed(body[offset + min(8, size) : end], None if says == -1 else says))
+    if node < len(nodes) or len(found) < len(buffers):
+        raise ValueError("a batch with more columns than its schema")
+    return rows, found

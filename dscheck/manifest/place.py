@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
 
-from dscheck.layout.boxes import Int32s, Ints, opens
+from dscheck.layout.boxes import MAX_ITEMS, Bools, Int32s, Ints, opens
 
 N = TypeVar("N", int, Ints)
 """One number, or a column of them."""
@@ -47,11 +47,24 @@ def block_count(nbytes: N, block_bytes: int) -> N:
     return -(-nbytes // block_bytes)
 
 
-def by_file(writer: Int32s) -> Ints:
+def by_file(writer: Int32s | Ints) -> Ints:
     """Rows in the order of their writers, those of one writer in the order they have."""
     low, high = int(writer.min(initial=0)), int(writer.max(initial=0))
     narrow = writer.astype(np.uint16) if low >= 0 and high < 1 << 16 else writer  # NumPy sorts 16 bits by radix
     return np.argsort(narrow, kind="stable")
+
+
+def some_files(writer: Int32s, order: Ints) -> Iterator[Ints]:
+    """`order`, rows by their writers, in parts of whole files that are worked on at a time."""
+    begin = 0
+    while begin < len(order):
+        end = begin + MAX_ITEMS
+        if end < len(order):
+            file = int(writer[order[end - 1]])
+            while end < len(order) and writer[order[end]] == file:
+                end += 1
+        yield order[begin:end]
+        begin = end
 
 
 def place(sizes: Sequence[int], block_bytes: int) -> tuple[list[int], list[int], int]:
@@ -68,21 +81,23 @@ def place(sizes: Sequence[int], block_bytes: int) -> tuple[list[int], list[int],
 
 def place_all(writer: Int32s, nbytes: Ints, block_bytes: int) -> tuple[Ints, Ints]:
     """Offset and first block of each fragment in the data file of its writer; each file is in the order of the rows."""
-    order = by_file(writer)
-    sizes = nbytes[order]
+    offsets, first_blocks = np.empty_like(nbytes), np.empty_like(nbytes)
+    for rows in some_files(writer, by_file(writer)):
+        offsets[rows], first_blocks[rows] = _placed(opens(writer[rows]), nbytes[rows], block_bytes)
+    return offsets, first_blocks
+
+
+def _placed(file: Bools, sizes: Ints, block_bytes: int) -> tuple[Ints, Ints]:
+    """The same of fragments file by file; `file` says where one begins."""
     small = align(sizes, SMALL_ALIGNMENT)
-    file = opens(writer[order])
     # A run is a large fragment, or the begin of a file, and the small ones behind it; runs begin on pages.
     run = file | (sizes >= LARGE_BYTES)
-    runs = np.flatnonzero(run)
-    number = np.cumsum(run) - 1
+    runs, number = np.flatnonzero(run), np.cumsum(run) - 1
     of_file = np.maximum.accumulate(np.where(file[runs], np.arange(len(runs)), 0))
     before = np.cumsum(small) - small
-    length = align(np.add.reduceat(small, runs), LARGE_ALIGNMENT) if len(runs) else before
+    length = align(np.add.reduceat(small, runs), LARGE_ALIGNMENT)
     begin = np.cumsum(length) - length
     blocks = block_count(sizes, block_bytes)
     counted = np.cumsum(blocks) - blocks
-    offsets, first_blocks = np.empty_like(sizes), np.empty_like(sizes)
-    offsets[order] = (begin - begin[of_file])[number] + before - before[runs][number]
-    first_blocks[order] = counted - counted[runs[of_file]][number]
-    return offsets, first_blocks
+    offsets = (begin - begin[of_file])[number] + before - before[runs][number]
+    return offsets, counted - counted[runs[of_file]][number]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -68,9 +68,9 @@ class Plan:
         begin, end = self.fragments.rows_of(tensor)
         return self.fragments[begin:end]
 
-    def overlapping(self, tensor: int, wanted: Region) -> Fragments:
-        """Those that share an element with `wanted`."""
-        return self.fragments.overlapping(tensor, wanted)
+    def overlapping(self, wanted: Sequence[tuple[int, Region]]) -> list[Fragments]:
+        """For each tensor and region of it the fragments that share an element with it, by start."""
+        return [self.fragments.overlapping(tensor, region) for tensor, region in wanted]
 
     def index(self) -> dict[str, int]:
         """The tensor's index by every name that it has."""
@@ -102,18 +102,25 @@ class Plan:
 
     def validate(self) -> None:
         """Raises LayoutError unless every row agrees with all others; whether fragments tile tensors is not asked."""
-        if not 1 <= self.block_bytes <= MAX_BLOCK_BYTES:
-            raise LayoutError(f"a block has 1 to {MAX_BLOCK_BYTES} bytes, not {self.block_bytes}")
-        _check_tensors(self.tensors)
-        _check_ranks(self.ranks)
-        for members in self.holders:
-            _check_holders(members, len(self.ranks))
+        check_head(self.tensors, self.ranks, self.holders, self.block_bytes)
         rules = FragmentRules(self.tensors, self.holders, self.block_bytes)
         rules.check(self.fragments)
         rules.check_files(self.fragments)
 
 
-def _check_tensors(tensors: tuple[TensorRow, ...]) -> None:
+def check_head(
+    tensors: Sequence[TensorRow], ranks: Sequence[RankRow], holders: Iterable[tuple[int, ...]], block_bytes: int
+) -> None:
+    """Raises LayoutError unless all of a plan but its fragments is right."""
+    if not 1 <= block_bytes <= MAX_BLOCK_BYTES:
+        raise LayoutError(f"a block has 1 to {MAX_BLOCK_BYTES} bytes, not {block_bytes}")
+    _check_tensors(tensors)
+    _check_ranks(ranks)
+    for members in holders:
+        _check_holders(members, len(ranks))
+
+
+def _check_tensors(tensors: Sequence[TensorRow]) -> None:
     for tensor in tensors:
         if tensor.dtype not in ITEMSIZE:
             raise LayoutError(f"tensor '{tensor.name}' has the unknown dtype {tensor.dtype!r}")
@@ -138,7 +145,7 @@ def _check_ascending(what: str, names: Iterable[str]) -> None:
             raise LayoutError(f"{what} are not in ascending order: {name!r} after {before!r}")
 
 
-def _check_ranks(ranks: tuple[RankRow, ...]) -> None:
+def _check_ranks(ranks: Sequence[RankRow]) -> None:
     for number, row in enumerate(ranks):
         if row.rank != number:
             raise LayoutError(f"row {number} of the ranks is rank {row.rank}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from dscheck.errors import LayoutError
 from dscheck.layout.boxes import MAX_ITEMS, Ints, ints, opens, padded
 from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.manifest.fragments import Fragments
-from dscheck.manifest.place import alignment_of, block_count, by_file
+from dscheck.manifest.place import alignment_of, block_count, by_file, some_files
 
 
 class _Tensor(Protocol):
@@ -46,22 +46,35 @@ class FragmentRules:
 
     def check(self, rows: Fragments) -> None:
         """Each row agrees with its tensor, its holders and the row before it."""
-        step = max(1, MAX_ITEMS // max(1, self._most))
-        for begin in range(0, len(rows), step):
-            part = rows[max(0, begin - 1) : begin + step]
-            self._check_references(part)
-            self._check_regions(part)
+        for part in self._parts(rows, before=1):
+            self._check_row(part)
             self._check_order(part)
-            self._check_offsets(part)
+
+    def check_each(self, rows: Fragments) -> None:
+        """Each row agrees with its tensor and its holders, whatever others there are."""
+        for part in self._parts(rows, before=0):
+            self._check_row(part)
+
+    def _parts(self, rows: Fragments, before: int) -> Iterator[Fragments]:
+        step = max(1, MAX_ITEMS // max(1, self._most))
+        return (rows[max(0, begin - before) : begin + step] for begin in range(0, len(rows), step))
+
+    def _check_row(self, rows: Fragments) -> None:
+        self._check_references(rows)
+        self._check_regions(rows)
+        self._check_offsets(rows)
 
     def check_files(self, rows: Fragments) -> None:
         """In each data file fragments are disjoint, and blocks are counted in the order of offsets. Needs all rows."""
-        order = by_file(rows.writer)
+        for order in some_files(rows.writer, by_file(rows.writer)):
+            self._check_some_files(rows, order)
+
+    def _check_some_files(self, rows: Fragments, order: Ints) -> None:
         writer, offset = rows.writer[order], rows.offset[order]
         same = ~opens(writer)
         if (same[1:] & (offset[1:] < offset[:-1])).any():  # files may be in another order than the plan
-            order = np.lexsort((rows.offset, rows.writer))
-            writer, offset = rows.writer[order], rows.offset[order]
+            order = order[np.lexsort((offset, writer))]
+            offset = rows.offset[order]
         nbytes = rows.nbytes[order]
         overlaps = np.zeros(len(order), np.bool_)
         overlaps[1:] = same[1:] & (offset[1:] < offset[:-1] + nbytes[:-1])

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import DTypeLike
+import zstandard
+from numpy.typing import DTypeLike, NDArray
 
 from dscheck.errors import LayoutError
 from dscheck.layout.boxes import Ints
-from dscheck.manifest.messages import MAX_ROWS, Column, walk
+from dscheck.manifest.messages import MAX_ROWS, PADDING, Column, Packed, walk, walk_packed
+
+LITTLE: dict[int, np.dtype[Any]] = {4: np.dtype("<i4"), 8: np.dtype("<i8")}
+_OF_THREAD = threading.local()
 
 
 def ints(values: list[int], dtype: DTypeLike) -> pa.Array:
@@ -88,13 +94,87 @@ def write(*streams: tuple[str, Sequence[Column], dict[str, str], list[pa.Array]]
     return data
 
 
+def write_packed(table: str, columns: Sequence[Column], arrays: list[pa.Array]) -> bytes:
+    """One stream of a batch whose buffers are compressed by zstd."""
+    schema = _schema(table, columns, {})
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
+    with pa.ipc.new_stream(sink, schema, options=options) as writer:
+        writer.write_batch(pa.record_batch(arrays, schema=schema))
+    data: bytes = sink.getvalue().to_pybytes()
+    return data
+
+
+def read_packed(data: bytes, table: str, columns: Sequence[Column], rows: int) -> list[tuple[NDArray[Any], ...]]:
+    """Each column of a batch of `rows`, integers or lists of them, as its numbers, or its offsets and its items.
+
+    Raises ValueError, also for offsets that do not ascend from 0 to the number of items, or ArrowException.
+    """
+    message, found_rows, packed = walk_packed(data, columns)
+    if found_rows != rows:
+        raise ValueError(f"a batch of {found_rows} rows, {rows} expected")
+    _check_metadata(message, table, tuple(columns))
+    buffers, zstd = iter(packed), _zstd()
+
+    def numbers(column: Column, count: int, width: int) -> NDArray[Any]:
+        raw = _decoded(next(buffers), zstd)
+        if not count * width <= len(raw) < count * width + PADDING:
+            raise ValueError(f"column '{column.name}' has {len(raw)} bytes for {count} items")
+        return np.frombuffer(raw, LITTLE[width], count)
+
+    found: list[tuple[NDArray[Any], ...]] = []
+    for column in columns:
+        next(buffers)
+        if column.item is None:
+            found.append((numbers(column, rows, column.width),))
+            continue
+        at = numbers(column, rows + 1, 4)
+        if at[0] or (at[1:] < at[:-1]).any():
+            raise ValueError(f"column '{column.name}' has offsets that do not ascend from 0")
+        next(buffers)
+        found.append((at, numbers(column, int(at[-1]), column.item.width)))
+    return found
+
+
+def _zstd() -> zstandard.ZstdDecompressor:
+    """One for each thread: to make one takes as long as to decode a buffer."""
+    if not hasattr(_OF_THREAD, "zstd"):
+        _OF_THREAD.zstd = zstandard.ZstdDecompressor()
+    found: zstandard.ZstdDecompressor = _OF_THREAD.zstd
+    return found
+
+
+@lru_cache(16)
+def _check_metadata(message: bytes, table: str, columns: tuple[Column, ...]) -> None:
+    found = pa.ipc.read_schema(pa.py_buffer(message))
+    if not found.equals(_schema(table, columns, {}), check_metadata=True):
+        raise ValueError(f"table '{table}' has another schema")
+
+
+def _decoded(packed: Packed, zstd: zstandard.ZstdDecompressor) -> bytes | memoryview:
+    if packed.nbytes is None:
+        return packed.data
+    if not packed.nbytes:
+        return b""
+    try:
+        # A frame may leave its size out, and must not say another one: as much as it says would be allocated.
+        if zstandard.frame_content_size(packed.data) not in (packed.nbytes, -1):
+            raise ValueError("a buffer that is compressed to another size than it says")
+        raw: bytes = zstd.decompress(packed.data, max_output_size=packed.nbytes)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"a buffer that does not decode: {error}") from error
+    if len(raw) != packed.nbytes:
+        raise ValueError(f"a buffer of {len(raw)} bytes once decoded, {packed.nbytes} expected")
+    return raw
+
+
 def read(data: bytes, *streams: tuple[str, Sequence[Column]]) -> list[pa.RecordBatch]:
     """One valid batch a stream, in place. Raises ValueError, OSError or ArrowException."""
     batches = []
     for (begin, end), (table, columns) in zip(walk(data, [c for _, c in streams]), streams, strict=True):
         batch = pa.ipc.open_stream(pa.py_buffer(data).slice(begin, end - begin)).read_next_batch()
         metadata = {name.decode(): text.decode() for name, text in (batch.schema.metadata or {}).items()}
-        expected = {"dscheck.table"} | ({"dscheck.block_bytes"} if table == "fragments" else set())
+        expected = {"dscheck.table"} | ({"dscheck.block_bytes"} if table == "batches" else set())
         if metadata.keys() != expected or metadata["dscheck.table"] != table:
             raise ValueError(f"the metadata of table '{table}' is {metadata}")
         if not batch.schema.equals(_schema(table, columns, metadata), check_metadata=True):

@@ -15,7 +15,7 @@ import numpy as np
 from dscheck.commit import assert_newest, check_files, claim, publish, put_files, put_plan
 from dscheck.config import Settings
 from dscheck.errors import ConfigError, LayoutError, SupersededError
-from dscheck.manifest.arrow import encode_files, encode_plan
+from dscheck.manifest.arrow import EncodedPlan, encode_files, encode_plan
 from dscheck.manifest.files import Extent, FileRow, validate_files
 from dscheck.manifest.record import Counts, Digest, Record, Term
 from dscheck.ranks.message import pack, unpack
@@ -58,8 +58,7 @@ class Coordinator:
         self._claims: dict[int, tuple[str, RankClaims]] = {}
         self._digests: tuple[str, ...] = ()
         self._merged: Merged | None = None
-        self._plan = Digest(0, "")
-        self._plan_text = b""
+        self._plan = EncodedPlan(b"", Digest(0, ""))
         self._stored_in: int | None = None
         self._attempt: _Attempt | None = None
         self._own_claims: set[str] = set()
@@ -73,7 +72,7 @@ class Coordinator:
         new.continue_from(self._lineage if self._term is None else self._beyond(self._term))
         new._own_claims = set(self._own_claims)
         new._claims, new._digests, new._merged = dict(self._claims), self._digests, self._merged
-        new._plan, new._plan_text = self._plan, self._plan_text
+        new._plan = self._plan
         return new
 
     def _beyond(self, term: Term) -> Lineage:
@@ -92,7 +91,7 @@ class Coordinator:
         term = self._term_for(step)
         self._tried = step
         self._receive(posts)
-        known = self._plan.sha256, self._merged
+        known = self._plan.head.sha256, self._merged
         merged = self._replan(posts)
         if not merged.rivals.agree(lambda: self._samples(posts, *known), self._settings.replicas):
             raise LayoutError(
@@ -102,8 +101,8 @@ class Coordinator:
         self._store_plan(term)
         self._attempt = _Attempt(step, uuid.uuid4().hex, time.time())
         answer: dict[str, Any] = {"skip": False, "term": term.term, "term_id": term.id, "id": self._attempt.id}
-        answer["plan"] = self._plan.sha256
-        if any(post["plan"] != self._plan.sha256 for post in posts):
+        answer["plan"] = self._plan.head.sha256
+        if any(post["plan"] != answer["plan"] for post in posts):
             answer["exceptions"] = pack_exceptions(merged.exceptions)
             answer["contested"] = pack_exceptions(dict.fromkeys(merged.rivals.regions, ()))
         return pack(answer)
@@ -115,7 +114,7 @@ class Coordinator:
         assert self._attempt is not None
         plan, term, attempt = self._merged.plan, self._term, self._attempt
         rows = [_row(rank, unpack(payload)) for rank, payload in enumerate(payloads)]
-        validate_files(rows, plan)
+        validate_files(rows, self._merged.file_ends)
         check_files(self._storage, attempt.step, term.term, rows)
         files = encode_files(rows)
         put_files(self._storage, attempt.step, term.term, files)
@@ -124,13 +123,13 @@ class Coordinator:
             fragments=len(plan.fragments),
             ranks=len(plan.ranks),
             blocks=sum(row.blocks for row in rows),
-            bytes=int(plan.fragments.nbytes.sum()),
+            bytes=self._merged.nbytes,
         )
         record = Record(
             step=attempt.step,
             term=term.term,
             term_id=term.id,
-            plan=self._plan,
+            plan=self._plan.head,
             files=_digest(files),
             counts=counts,
             versions=self._versions,
@@ -188,8 +187,7 @@ class Coordinator:
         digests = tuple(post["digest"] for post in posts)
         if self._merged is None or digests != self._digests:
             self._merged = merged = merge(self._all_claims(), self._settings.block_bytes)
-            self._plan_text = encode_plan(merged.plan)
-            self._plan, self._stored_in, self._digests = _digest(self._plan_text), None, digests
+            self._plan, self._stored_in, self._digests = encode_plan(merged.plan), None, digests
         return self._merged
 
     def _all_claims(self) -> list[RankClaims]:
@@ -198,7 +196,7 @@ class Coordinator:
     def _store_plan(self, term: Term) -> None:
         """A plan belongs to its term alone (TRAPS 37), and is written when it changed, not at each save."""
         if self._stored_in != term.term:
-            put_plan(self._storage, term.term, self._plan_text)
+            put_plan(self._storage, term.term, self._plan)
             self._stored_in = term.term
 
     def _samples(self, posts: Sequence[Mapping[str, Any]], plan: str, merged: Merged | None) -> list[Samples]:

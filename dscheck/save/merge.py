@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dscheck.errors import LayoutError, StateError
-from dscheck.layout.boxes import MAX_ITEMS, Bools, Boxes, Int32s, Ints, ints, opens, padded, spans
+from dscheck.layout.boxes import MAX_ITEMS, Bools, Boxes, Int32s, Ints, ints, joined, opens, padded, spans
 from dscheck.layout.cover import prove_cover
 from dscheck.layout.region import Region
 from dscheck.layout.shares import writer_shares
@@ -23,11 +23,13 @@ from dscheck.save.rivals import ADVICE, Rivals
 
 @dataclass(slots=True)
 class Merged:
-    """A plan, the exceptions to "its holders write it", and the regions whose samples must be compared at every
-    save.
+    """A plan, what is asked of it at every save, the exceptions to "its holders write it", and the regions whose
+    samples must be compared at every save. `file_ends` as in Plan; `nbytes` of all fragments.
     """
 
     plan: Plan
+    file_ends: Sequence[tuple[int, int]] = ()
+    nbytes: int = 0
     exceptions: dict[tuple[str, Region], tuple[int, ...]] = field(default_factory=dict)
     rivals: Rivals = field(default_factory=Rivals)
 
@@ -45,12 +47,12 @@ def merge(ranks: Sequence[RankClaims], block_bytes: int) -> Merged:
     for claims in _gathered(ranks, tensors, numbers, sets):
         parts.append(_divide(merged, claims, tensors, sets))
     pieces = _Pieces.joined(parts)
-    del parts
     offsets, first_blocks = place_all(pieces.writer, pieces.nbytes, block_bytes)
     holders, held = sets.in_order(pieces.holders)
     fragments = Fragments(pieces.tensor, pieces.boxes, pieces.writer, offsets, pieces.nbytes, first_blocks, held)
     rows = tuple(RankRow(rank, claims.host, claims.mesh) for rank, claims in enumerate(ranks))
-    merged.plan = Plan(tensors, fragments, rows, holders, block_bytes)
+    merged.plan = plan = Plan(tensors, fragments, rows, holders, block_bytes)
+    merged.file_ends, merged.nbytes = plan.file_ends(), int(pieces.nbytes.sum())
     return merged
 
 
@@ -121,7 +123,7 @@ class _Sets:
     def sizes(self) -> Ints:
         return ints(map(len, self.members))
 
-    def in_order(self, used: Ints) -> tuple[tuple[tuple[int, ...], ...], Int32s]:
+    def in_order(self, used: Int32s) -> tuple[tuple[tuple[int, ...], ...], Int32s]:
         """The sets that are used, in the order of their first use, and `used` by their new numbers."""
         first = np.full(len(self.members), len(used))
         np.minimum.at(first, used, np.arange(len(used)))
@@ -202,17 +204,20 @@ class _Pieces:
     boxes: Boxes
     writer: Int32s
     nbytes: Ints
-    holders: Ints
+    holders: Int32s
 
     @classmethod
-    def joined(cls, parts: Sequence[_Pieces]) -> _Pieces:
-        none = np.empty(0, np.int32)
+    def joined(cls, parts: list[_Pieces]) -> _Pieces:
+        """All parts in order; the list is emptied."""
+        tensor, writer, holders = ([getattr(part, name) for part in parts] for name in ("tensor", "writer", "holders"))
+        nbytes, boxes = [part.nbytes for part in parts], [part.boxes for part in parts]
+        parts.clear()
         return cls(
-            np.concatenate([none, *(part.tensor for part in parts)]),
-            Boxes.joined([part.boxes for part in parts]),
-            np.concatenate([none, *(part.writer for part in parts)]),
-            np.concatenate([none.astype(np.int64), *(part.nbytes for part in parts)]),
-            np.concatenate([none.astype(np.int64), *(part.holders for part in parts)]),
+            joined(tensor, np.int32),
+            Boxes.joined(boxes),
+            joined(writer, np.int32),
+            joined(nbytes, np.int64),
+            joined(holders, np.int32),
         )
 
 
@@ -254,7 +259,7 @@ def _divide(merged: Merged, claims: _Claims, tensors: Sequence[TensorRow], sets:
         Boxes.cut(start, stop, ndim[tensor]),
         writer.astype(np.int32),
         (stop - start).prod(axis=1) * itemsizes[tensor],
-        holders,
+        holders.astype(np.int32),
     )
 
 

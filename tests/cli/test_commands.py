@@ -180,3 +180,37 @@ def test_probe_of_what_is_no_file_system_is_wrong_usage() -> None:
     done = dscheck("probe", "memory://run")
     assert done.returncode == 2
     assert "measures file systems" in done.stderr
+
+
+def test_plan_says_what_each_rank_would_read(root: Path) -> None:
+    found = dscheck("plan", str(root), "3", "--to", "fsdp=2,dp=2", "--gb-per-s", "0.001", "--json")
+    assert found.returncode == 0, found.stderr
+    plan = json.loads(found.stdout)
+    assert (plan["step"], plan["ranks"], plan["on_every_stage"]) == (3, 4, [])
+    assert [row["ranks"] for row in plan["rows"]] == [[0, 2], [1, 3]]
+    for row, bias in zip(plan["rows"], (2, 1), strict=True):
+        assert row["wanted"] == 300 * 500 * 4 + 4 * bias
+        assert row["wanted"] < row["read"] < row["wanted"] + 20_000
+        assert row["seconds"] == round(row["read"] / 1e6, 3)
+    assert plan["rows"][0]["files"] + plan["rows"][1]["files"] in (3, 4)
+    table = dscheck("plan", str(root), "--to", "tp=2").stdout
+    assert all(word in table for word in ("wanted", "files", "all ranks, each by itself", "docs/plan.md"))
+
+
+def test_plan_names_what_its_rule_does_not_place(root: Path) -> None:
+    shown = dscheck("plan", str(root), "--to", "pp=2").stdout
+    assert "model.b, model.w" in shown
+    placed = dscheck("plan", str(root), "--to", "pp=2", "--cut", "model:pp=0", "--json")
+    rows = json.loads(placed.stdout)["rows"]
+    assert [(row["stage"], row["wanted"]) for row in rows] == [(0, 600 * 500 * 4 + 12), (1, 0)]
+    alone = dscheck("plan", str(root), "--to", "dp=2", "--only", "model.b", "--json")
+    assert [row["wanted"] for row in json.loads(alone.stdout)["rows"]] == [12]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--to", "tp"], ["--to", "tp=2", "--cut", "x"], ["--to", "tp=2", "--only", "y"], []]
+)
+def test_plan_refuses_what_it_cannot_read(root: Path, arguments: list[str]) -> None:
+    found = dscheck("plan", str(root), *arguments)
+    assert found.returncode == 2
+    assert "--" in found.stderr

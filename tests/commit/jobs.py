@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from dataclasses import dataclass
 
 from dscheck.commit import StepRef, check_files, claim, publish, put_files, put_plan, read_history
+from dscheck.manifest.arrow import EncodedPlan
 from dscheck.manifest.files import Extent, FileRow
 from dscheck.manifest.keys import data_key, files_key, plan_key
 from dscheck.manifest.record import Counts, Digest, Record, Term
 from dscheck.storage.base import Storage
 
 RANKS = 2
-PLAN = b"the plan"
+PLAN = EncodedPlan(b"the plan", Digest(8, hashlib.sha256(b"the plan").hexdigest()))
 NOTHING = Digest(0, "0" * 64)
 
 
@@ -83,7 +85,7 @@ def a_term(number: int, parent: tuple[int, int] | None = None) -> Term:
 def assert_complete(storage: Storage, ref: StepRef) -> None:
     """Every byte that the step's record names is there, as its own term wrote it."""
     record = read_history(storage).record(ref)
-    assert storage.read(plan_key(ref.term, record.plan.sha256)) == PLAN
+    assert storage.read(plan_key(ref.term, record.plan.sha256)) == PLAN.data
     assert storage.read(files_key(ref.step, ref.term)) == file_list(ref.step, ref.term)
     for rank in range(RANKS):
         assert storage.read(data_key(ref.step, ref.term, rank)) == content(ref.step, ref.term, rank)

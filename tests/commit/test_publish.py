@@ -19,7 +19,8 @@ from dscheck.commit import (
     read_history,
 )
 from dscheck.errors import ConfigError, CorruptCheckpointError, StorageError, SupersededError
-from dscheck.manifest.record import Record, Tombstone
+from dscheck.manifest.arrow import EncodedPlan
+from dscheck.manifest.record import Digest, Record, Tombstone
 from dscheck.storage import LocalStorage, MemoryStorage, Storage
 from dscheck.testing.faults import Faulty, before, fail_at, lost_answer
 from tests.commit.jobs import Job, a_record, a_row, assert_complete
@@ -146,8 +147,9 @@ def test_a_step_exceeds_the_one_that_its_term_continues(root: Storage) -> None:
 
 def test_plan_and_files_may_be_there_already_when_they_are_equal(root: Storage) -> None:
     """commit P9, and TRAPS 37: two terms share no plan."""
-    one = put_plan(root, 1, b"rows")
-    assert put_plan(root, 1, b"rows") == one == put_plan(root, 2, b"rows")
+    rows = EncodedPlan(b"head and rows", Digest(4, "5" * 64))
+    one = put_plan(root, 1, rows)
+    assert put_plan(root, 1, rows) == one == put_plan(root, 2, rows) == rows.head
     assert sorted(entry.key for entry in root.list("plans/")) == [f"plans/{n}-{one.sha256}.arrow" for n in (1, 2)]
     assert put_files(root, 3, 1, b"files") == put_files(root, 3, 1, b"files")
     with pytest.raises(StorageError, match="no object is ever overwritten"):
@@ -155,12 +157,18 @@ def test_plan_and_files_may_be_there_already_when_they_are_equal(root: Storage) 
     assert root.read("steps/3/1/files.arrow") == b"files"
 
 
-@pytest.mark.parametrize("put", [put_plan, lambda storage, term, data: put_files(storage, 9, term, data)])
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda storage, data: put_plan(storage, 1, EncodedPlan(data, Digest(5, "5" * 64))),
+        lambda storage, data: put_files(storage, 9, 1, data),
+    ],
+)
 def test_a_lost_answer_to_a_plan_is_read_back(put: object) -> None:
     """commit P9"""
     assert callable(put)
     storage = Faulty(MemoryStorage(), lost_answer())
-    digest = put(storage, 1, b"bytes")
+    digest = put(storage, b"bytes")
     assert digest.size == 5
     assert storage.count("put_if_absent") == 1
 

@@ -25,8 +25,9 @@ from dscheck import (
     per_rank,
     sharded,
 )
+from dscheck.commit import read_history
+from dscheck.commit.contents import Contents
 from dscheck.errors import DscheckError
-from dscheck.manifest.arrow import decode_plan
 from dscheck.ranks.base import Ranks
 from dscheck.testing.faults import Faulty, fail_at, hang, slow
 from tests.end_to_end.worlds import fresh, job, load, open_on, outcomes, save
@@ -35,8 +36,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:dscheck:RuntimeWarning")
 
 
 def plan_of(root: Any) -> Any:
-    entry = next(iter(root.list("plans/")))
-    return decode_plan(root.read(entry.key), entry.key)
+    record = read_history(root).resolve(None)
+    assert record is not None
+    return Contents.open(root, record).plan.whole()
 
 
 def test_a_fresh_root_loads_nothing_and_says_none() -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dscheck.errors import IncompleteCoverError
+from dscheck.layout import prove_cover
 from dscheck.layout.region import Region
 from dscheck.layout.runs import byte_runs
 from dscheck.load.needs import GAP_BYTES, READ_BYTES, needs_of, reads_of
 from dscheck.manifest.fragments import Fragment, Fragments
 from dscheck.manifest.place import place
 from dscheck.manifest.plan import Plan, RankRow, TensorRow
+from tests.layout.boxes import boxes_in, shapes, tilings
+from tests.load import slow_needs
 
 BLOCK = 4096
 
@@ -43,7 +47,7 @@ def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], Region]:
 def test_the_blocks_read_hold_every_byte_of_the_box(case: tuple[tuple[int, ...], Region]) -> None:
     shape, wanted = case
     plan = plan_of(shape, Region.whole(shape))
-    needs = list(needs_of(plan, 0, wanted, None))
+    needs = list(needs_of(plan, [(0, wanted, None)]))
     assert sum(need.box.numel for need in needs) == wanted.numel
     for need in needs:
         for offset, length in byte_runs(Region.whole(shape), need.box, 4):
@@ -58,24 +62,68 @@ def test_the_blocks_read_hold_every_byte_of_the_box(case: tuple[tuple[int, ...],
             assert read.start <= start < stop <= read.stop
 
 
+@given(st.data())
+def test_needs_are_those_of_each_fragment(data: st.DataObject) -> None:
+    """All that overlaps, once, in boxes within the blocks that are said to hold them."""
+    cuts = data.draw(st.lists(shapes.flatmap(lambda s: st.tuples(st.just(s), tilings(s))), min_size=1, max_size=3))
+    plan = joined([plan_of(shape, *sorted(tiles), block_bytes=8) for shape, tiles in cuts])
+    wanted = []
+    for number in data.draw(st.lists(st.integers(0, len(cuts) - 1), max_size=4)):
+        wanted.append((number, data.draw(boxes_in(Region.whole(cuts[number][0]), empty=True)), len(wanted)))
+    found = needs_of(plan, wanted)
+    for tensor, region, target in wanted:
+        mine = [need for need in found if need.target == target]
+        assert all(need.row == plan.tensors[tensor] and need.fragment.tensor == tensor for need in mine)
+        expected = slow_needs.needs(plan, tensor, region)
+        by_writer = {writer: [need for need in mine if need.fragment.writer == writer] for writer, _, _ in expected}
+        assert sum(map(len, by_writer.values())) == len(mine)
+        for writer, box, blocks in expected:
+            parts = by_writer[writer]
+            assert sum(part.box.numel for part in parts) == box.numel
+            prove_cover("box", box.shape, [part.box.relative_to(box.start) for part in parts])
+            read = {block for part in parts for block in range(part.first, part.last)}
+            assert blocks <= read
+            assert len(parts) == 1 or read == blocks or len(read) <= 3 * len(blocks)
+
+
+def joined(parts: list[Plan]) -> Plan:
+    """The tensors of all parts, each written by ranks of its own."""
+    ranks = [len(part.ranks) for part in parts]
+    before = [sum(ranks[:i]) for i in range(len(parts))]
+    rows = [
+        replace(row, tensor=i, writer=row.writer + before[i], holders=row.holders + before[i])
+        for i, part in enumerate(parts)
+        for row in part.fragments
+    ]
+    tensors = tuple(replace(part.tensors[0], name=f"w{i}") for i, part in enumerate(parts))
+    everyone = range(sum(ranks))
+    return Plan(
+        tensors,
+        Fragments.of(rows),
+        tuple(RankRow(rank, "host") for rank in everyone),
+        tuple((rank,) for rank in everyone),
+        parts[0].block_bytes,
+    )
+
+
 def test_a_narrow_column_of_a_wide_matrix_skips_what_lies_between() -> None:
     """Byte ranges only: rows of 1 MiB, 4 KiB wanted of each."""
     shape = (64, 1 << 18)
-    needs = list(needs_of(plan_of(shape, Region.whole(shape)), 0, Region((0, 0), (64, 1024)), None))
+    needs = list(needs_of(plan_of(shape, Region.whole(shape)), [(0, Region((0, 0), (64, 1024)), None)]))
     read = sum(r.stop - r.start for r in reads_of(needs, BLOCK))
     assert read == 64 * BLOCK
 
 
 def test_rows_of_a_fragment_read_those_rows_alone() -> None:
     shape = (1000, 1024)
-    needs = list(needs_of(plan_of(shape, Region.whole(shape)), 0, Region((500, 0), (510, 1024)), None))
+    needs = list(needs_of(plan_of(shape, Region.whole(shape)), [(0, Region((500, 0), (510, 1024)), None)]))
     assert sum(r.stop - r.start for r in reads_of(needs, BLOCK)) == 10 * 4096
 
 
 def test_no_read_is_longer_than_the_bound() -> None:
     shape = (100, 1 << 20)
     plan = plan_of(shape, Region.whole(shape), block_bytes=256 << 10)
-    reads = reads_of(needs_of(plan, 0, Region.whole(shape), None), plan.block_bytes)
+    reads = reads_of(needs_of(plan, [(0, Region.whole(shape), None)]), plan.block_bytes)
     assert max(read.stop - read.start for read in reads) <= READ_BYTES
     assert sum(read.stop - read.start for read in reads) == math.prod(shape) * 4
 
@@ -83,9 +131,9 @@ def test_no_read_is_longer_than_the_bound() -> None:
 def test_near_ranges_of_one_file_are_one_read_and_far_ones_are_not() -> None:
     shape = (300, 1024)
     plan = plan_of(shape, Region.whole(shape))
-    near = [*needs_of(plan, 0, Region((0, 0), (1, 1024)), None), *needs_of(plan, 0, Region((9, 0), (10, 1024)), None)]
+    near = needs_of(plan, [(0, Region((row, 0), (row + 1, 1024)), None) for row in (0, 9)])
     far_row = 2 + GAP_BYTES // 4096
-    far = [near[0], *needs_of(plan, 0, Region((far_row, 0), (far_row + 1, 1024)), None)]
+    far = [near[0], *needs_of(plan, [(0, Region((far_row, 0), (far_row + 1, 1024)), None)])]
     assert len(reads_of(near, BLOCK)) == 1
     assert len(reads_of(far, BLOCK)) == 2
 
@@ -93,5 +141,5 @@ def test_near_ranges_of_one_file_are_one_read_and_far_ones_are_not() -> None:
 def test_a_region_that_no_fragment_holds_is_refused_with_the_missing_box() -> None:
     plan = plan_of((10,), Region((0,), (4,)), Region((6,), (10,)))
     with pytest.raises(IncompleteCoverError, match="'w'") as caught:
-        list(needs_of(plan, 0, Region((2,), (8,)), None))
+        list(needs_of(plan, [(0, Region((2,), (8,)), None)]))
     assert caught.value.missing == Region((4,), (6,))

@@ -77,7 +77,7 @@ def test_a_flipped_bit_of_a_local_file_is_found_and_named(tmp_path: Path) -> Non
     saved = {"w": torch.randn(300, 700)}
     save(tmp_path / "root", 1, [saved], block_bytes=4096)
     contents = newest(tmp_path / "root")
-    at = contents.plan.fragments[0].offset + 5 * 4096 + 17
+    at = contents.plan.fragments_of(0)[0].offset + 5 * 4096 + 17
     path = tmp_path / "root" / contents.key(0)
     data = bytearray(path.read_bytes())
     data[at] ^= 4

@@ -10,13 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dscheck.errors import LayoutError
 from dscheck.layout.region import Region
 from dscheck.layout.runs import byte_runs
 from dscheck.load import share
 from dscheck.load.needs import Need, needs_of, reads_of
-from dscheck.load.share import Range, clipped, decode, divided, encode, schedule, wanted
+from dscheck.load.share import Range, Shared, clipped, decode, divided, encode, schedule, wanted
+from dscheck.manifest.fragments import Fragment
+from dscheck.manifest.keys import LARGEST
 from dscheck.manifest.place import place
-from dscheck.manifest.plan import Fragment, TensorRow
+from dscheck.manifest.plan import TensorRow
 from tests.load.test_needs import boxes, plan_of
 
 BLOCK = 256
@@ -45,8 +48,13 @@ def wants(draw: st.DrawFn) -> tuple[list[list[Need]], int]:
             top, left = draw(st.integers(0, rows - 1)), draw(st.integers(0, columns - 1))
             bottom, right = draw(st.integers(top + 1, rows)), draw(st.integers(left + 1, columns))
             region = Region((top, left), (bottom, right))
-        found.append(list(needs_of(plan, 0, region, None)))
+        found.append(needs_of(plan, [(0, region, None)]))
     return found, rows
+
+
+def scheduled(ranges: list[list[Range]]) -> list[Shared]:
+    """The schedule of what ranks tell each other."""
+    return schedule([decode(encode(of_rank)) for of_rank in ranges])
 
 
 def bytes_of(needs: list[Need]) -> Counter[tuple[int, int]]:
@@ -62,8 +70,7 @@ def bytes_of(needs: list[Need]) -> Counter[tuple[int, int]]:
 def test_each_rank_gets_each_byte_once_whoever_reads_it(case: tuple[list[list[Need]], int]) -> None:
     needs, _ = case
     ranges = [wanted(of_rank, BLOCK) for of_rank in needs]
-    assert [decode(encode(of_rank)) for of_rank in ranges] == ranges
-    shared = schedule(ranges)
+    shared = scheduled(ranges)
     assert all(one.reader in one.members and len(one.members) > 1 for one in shared)
     read: Counter[Range] = Counter(one.range for one in shared)
     assert set(read.values()) <= {1}
@@ -88,7 +95,7 @@ def test_each_rank_gets_each_byte_once_whoever_reads_it(case: tuple[list[list[Ne
 @given(wants())
 def test_rounds_are_bounded_and_come_in_order(case: tuple[list[list[Need]], int]) -> None:
     ranges = [wanted(of_rank, BLOCK) for of_rank in case[0]]
-    shared = schedule(ranges)
+    shared = scheduled(ranges)
     assert all(one.range.nbytes < 2 * PIECE + BLOCK for one in shared)
     reads, received = defaultdict(list), defaultdict(list)
     for one in shared:
@@ -108,19 +115,29 @@ def test_rounds_are_bounded_and_come_in_order(case: tuple[list[list[Need]], int]
 def test_replicas_share_evenly_and_a_rank_with_much_of_its_own_reads_less_for_others() -> None:
     plan = plan_of((4000, 256), Region((0, 0), (4000, 256)), block_bytes=BLOCK)
     whole = [Range(0, start, start + PIECE) for start in range(0, 400_000, PIECE)]
-    shared = schedule([whole] * 8)
+    shared = scheduled([whole] * 8)
     loads = Counter(one.reader for one in shared)
     assert max(loads.values()) - min(loads.values()) <= 1
-    assert wanted(needs_of(plan, 0, Region.whole((4000, 256)), None), BLOCK)[0].nbytes == PIECE
+    assert wanted(needs_of(plan, [(0, Region.whole((4000, 256)), None)]), BLOCK)[0].nbytes == PIECE
     private = [Range(1, start, start + PIECE) for start in range(0, 100_000, PIECE)]
-    loads = Counter(one.reader for one in schedule([whole, [*whole, *private]]))
+    loads = Counter(one.reader for one in scheduled([whole, [*whole, *private]]))
     assert loads[0] - loads[1] == pytest.approx(len(private), abs=1)
 
 
 def test_nothing_wanted_twice_is_nothing_shared() -> None:
-    assert schedule([[Range(0, 0, 100)], [Range(0, 100, 200)], []]) == []
-    assert schedule([]) == []
-    assert decode(encode([])) == []
+    assert scheduled([[Range(0, 0, 100)], [Range(0, 100, 200)], [], [Range(1, 0, 100)]]) == []
+    assert scheduled([[], []]) == []
+    assert scheduled([]) == []
+
+
+def test_each_part_goes_to_those_who_want_it() -> None:
+    shared = scheduled([[Range(3, 0, 100)], [Range(3, 50, 150), Range(7, 0, 10)], [Range(7, 0, 5), Range(9, 0, 1)]])
+    assert [(one.range, one.members) for one in shared] == [(Range(3, 50, 100), (0, 1)), (Range(7, 0, 5), (1, 2))]
+
+
+def test_files_beyond_all_bounds_are_refused() -> None:
+    with pytest.raises(LayoutError, match=r"2\*\*63"):
+        scheduled([[Range(0, 0, LARGEST)], [Range(1, 0, LARGEST)]])
 
 
 def test_small_tensors_side_by_side_are_one_range_with_what_aligns_them() -> None:
@@ -140,7 +157,7 @@ def test_small_tensors_side_by_side_are_one_range_with_what_aligns_them() -> Non
 @given(boxes(), st.data())
 def test_a_clipped_need_is_the_part_in_those_blocks(case: tuple[tuple[int, ...], Region], data: st.DataObject) -> None:
     shape, region = case
-    needs = list(needs_of(plan_of(shape, Region.whole(shape), block_bytes=BLOCK), 0, region, None))
+    needs = needs_of(plan_of(shape, Region.whole(shape), block_bytes=BLOCK), [(0, region, None)])
     cut = data.draw(st.integers(0, 40)) * BLOCK
     low, high = Range(0, 0, cut), Range(0, cut, 1 << 40)
     parts = [part for need in needs for range_ in (low, high) for part in clipped(need, range_, BLOCK)]

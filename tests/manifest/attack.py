@@ -17,9 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 from dscheck.errors import CorruptCheckpointError
-from dscheck.manifest.arrow import decode_files, decode_plan, encode_files, encode_plan
+from dscheck.manifest.arrow import decode_files, encode_files
 from dscheck.manifest.objects import decode_object, decode_objects, encode_objects
 from dscheck.manifest.record import decode_record, decode_term
+from tests.manifest.stored import BATCH, HEAD, decoded_batch, decoded_head
 from tests.manifest.test_arrow import file_rows
 from tests.manifest.test_objects import EXAMPLES
 from tests.manifest.test_plan import PLAN
@@ -60,15 +61,17 @@ def text_of_objects() -> bytes:
     return encode_objects(tagged, {"o": {"a": {"lr": 0.1}, "b": {"lr": 0.1}}})
 
 
+SAID = repr(decoded_head(HEAD))
 KINDS: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {
-    "plan": (encode_plan(PLAN), lambda data: encode_plan(decode_plan(data, "k"))),
+    "head": (HEAD, lambda data: HEAD if repr(decoded_head(data)) == SAID else b""),
+    "batch": (BATCH, lambda data: BATCH if decoded_batch(data) == PLAN.fragments else b""),
     "files": (encode_files(file_rows()), lambda data: encode_files(decode_files(data, "k"))),
     "record": (RECORD.encode(), lambda data: decode_record(data, "records/300-2.json").encode()),
     "tombstone": (TOMBSTONE.encode(), lambda data: decode_record(data, "records/300-2.json").encode()),
     "term": (TERM.encode(), lambda data: decode_term(data, "terms/2.json").encode()),
     "objects": (text_of_objects(), read_objects),
 }
-SEALED = KINDS.keys() - {"plan", "files"}
+SEALED = KINDS.keys() - {"head", "batch", "files"}
 TAIL_BYTES = 78
 
 

@@ -1,5 +1,4 @@
 """A checkpoint reader in plain Python, written from docs/format.md and docs/commit.md alone: no dscheck, no torch.
-
 `read(root)` verifies every byte of the newest step and returns all of it. Slow, and short enough to be read whole."""
 
 from __future__ import annotations
@@ -28,8 +27,9 @@ PARTS = ("checksums", "ours", "mine")
 COLUMNS = {
     "tensors": "name:str dtype:str shape:*i64 aliases:*str",
     "fragments": "tensor:i32 start:*i64 stop:*i64 writer:i32 offset:i64 nbytes:i64 first_block:i64 holders:i32",
-    "ranks": "rank:i32 host:str mesh_dims:*str mesh_coordinates:*i32",
+    "ranks": "rank:i32 host:str mesh_dims:*str mesh_coordinates:*i32 end:i64 blocks:i64",
     "holders": "ranks:*i32",
+    "batches": "offset:i64 size:i64 rows:i32 first:i32 last:i32 low:*i64 high:*i64 sha256:sha",
     "files": "rank:i32 size:i64 blocks:i64" + "".join(f" {p}_offset:i64 {p}_size:i64 {p}_sha256:sha" for p in PARTS),
 }
 ARROW = {"i32": pa.int32(), "i64": pa.int64(), "str": pa.utf8(), "sha": pa.binary(32)}
@@ -97,18 +97,26 @@ def tables(data: bytes, *names: str) -> tuple[list[list[SimpleNamespace]], dict[
         table.validate(full=True)
         fields = [column.split(":") for column in COLUMNS[name].split()]
         schema = pa.schema([pa.field(column, ARROW[kind], nullable=False) for column, kind in fields])
-        check(table.schema.equals(schema), f"columns of {name}")
         metadata |= {k.decode(): v.decode() for k, v in table.schema.metadata.items()}
-        check(metadata["dscheck.table"] == name, "another table")
+        check(table.schema.equals(schema) and metadata["dscheck.table"] == name, f"columns of {name}")
         found.append([SimpleNamespace(**row) for row in table.to_pylist()])
     check(source.tell() == len(data), "bytes behind the last stream")
     return found, metadata
 
 
-def digested(path: Path, size: int, sha256: str) -> bytes:
-    data = path.read_bytes()
-    check(len(data) == size and hashlib.sha256(data).hexdigest() == sha256, path)
+def digested(data: bytes, size: int, sha256: str) -> bytes:
+    check(len(data) == size and hashlib.sha256(data).hexdigest() == sha256, f"the digest {sha256}")
     return data
+
+
+def whole_plan(data: bytes, size: int, sha256: str) -> tuple[list[list[SimpleNamespace]], list[SimpleNamespace], int]:
+    """Tensors, ranks and holders; all fragments; and the size of a block."""
+    head, rest, fragments = digested(data[:size], size, sha256), data[size:], []
+    (*rows, batches), metadata = tables(head, "tensors", "ranks", "holders", "batches")
+    for b in batches:
+        fragments += tables(digested(rest[b.offset :][: b.size], b.size, b.sha256.hex()), "fragments")[0][0]
+    check(len(rest) == sum(b.size for b in batches), "bytes behind the last batch")
+    return rows, fragments, int(metadata["dscheck.block_bytes"])
 
 
 def plain(value: object) -> object:
@@ -132,34 +140,30 @@ def plain(value: object) -> object:
             return value["dtype"], shape, data
         array = np.frombuffer(data, np.dtype(value["dtype"]).newbyteorder("<")).reshape(shape)
         return array if value["lib"] == "numpy" else array[()]
-    if tag == "deque":
-        return deque(plain(v), value["maxlen"])
     if tag in ("bytes", "int", "float"):
         return {"bytes": base64.b64decode, "int": lambda text: int(text, 16), "float": float}[tag](v)
     build = {"tuple": tuple, "set": set, "frozenset": frozenset, "complex": lambda parts: complex(*parts)}
-    return build[tag](plain(v))
+    return deque(plain(v), value["maxlen"]) if tag == "deque" else build[tag](plain(v))
 
 
-def data_file(path: Path, row: SimpleNamespace, fragments: list, block: int) -> tuple[bytes, dict, dict]:
+def data_file(folder: Path, row: SimpleNamespace, rank: SimpleNamespace, fragments: list, block: int) -> tuple:
     """The bytes of a data file, every block of which is whole, and its two texts."""
-    data = path.read_bytes()
+    data = (path := folder / f"data-{row.rank}.bin").read_bytes()
     check(len(data) == row.size == row.mine_offset + row.mine_size, f"size of {path}")
-    end = max((f.offset + f.nbytes for f in fragments), default=0)
-    check(row.checksums_offset == -(-end // 8) * 8 and row.checksums_size == 4 * row.blocks, "place of checksums")
-    check(row.ours_offset == row.checksums_offset + row.checksums_size, "place of ours")
-    check(row.mine_offset == row.ours_offset + row.ours_size, "place of mine")
+    ends = -(-rank.end // 8) * 8, row.checksums_offset + row.checksums_size, row.ours_offset + row.ours_size
+    check((row.checksums_offset, row.ours_offset, row.mine_offset) == ends, "places of parts")
     parts = {p: data[getattr(row, f"{p}_offset") :][: getattr(row, f"{p}_size")] for p in PARTS}
     for name, part in parts.items():
         check(hashlib.sha256(part).digest() == getattr(row, f"{name}_sha256"), f"{name} of {path}")
     sums, number, free = np.frombuffer(parts["checksums"], "<u4").tolist(), 0, 0
-    for fragment in sorted(fragments, key=lambda f: f.offset):
+    for fragment in sorted((f for f in fragments if f.writer == row.rank), key=lambda f: f.offset):
         check(fragment.offset >= free and fragment.offset % (4096 if fragment.nbytes >= 1 << 20 else 64) == 0, "offset")
         check(fragment.first_block == number, "first block")
         free = fragment.offset + fragment.nbytes
         for at in range(fragment.offset, free, block):
             check(crc32c(data[at : min(at + block, free)]) == sums[number], f"block {number} of {path}")
             number += 1
-    check(number == row.blocks, "number of blocks")
+    check(number == len(sums) == row.blocks == rank.blocks and free == rank.end, "number of blocks")
     return data, sealed(parts["ours"], "objects"), sealed(parts["mine"], "objects")
 
 
@@ -167,25 +171,20 @@ def read(root: str | Path) -> SimpleNamespace:
     """The newest step: `tensors` by name as (dtype, array of raw elements), `ours`, `options` and `mine` by rank."""
     root, record = Path(root), newest(Path(root))
     folder = root / "steps" / str(record["step"]) / str(record["term"])
-    plan = digested(root / "plans" / f"{record['term']}-{record['plan']['sha256']}.arrow", **record["plan"])
-    (tensors, fragments, ranks, holders), metadata = tables(plan, "tensors", "fragments", "ranks", "holders")
-    (files,), _ = tables(digested(folder / "files.arrow", **record["files"]), "files")
+    plan = root / "plans" / f"{record['term']}-{record['plan']['sha256']}.arrow"
+    (tensors, ranks, holders), fragments, block = whole_plan(plan.read_bytes(), **record["plan"])
+    (files,), _ = tables(digested((folder / "files.arrow").read_bytes(), **record["files"]), "files")
     check([r.rank for r in ranks] == [row.rank for row in files] == list(range(len(ranks))), "ranks")
-    block = int(metadata["dscheck.block_bytes"])
-    stored = [
-        data_file(folder / f"data-{row.rank}.bin", row, [f for f in fragments if f.writer == row.rank], block)
-        for row in files
-    ]
+    stored = [data_file(folder, row, rank, fragments, block) for row, rank in zip(files, ranks, strict=True)]
     whole, nbytes = {}, 0
     for index, tensor in enumerate(tensors):
         raw = f"V{ITEMSIZE[tensor.dtype]}"
         array, seen = np.zeros(tensor.shape, raw), np.zeros(tensor.shape, bool)
-        for fragment in (f for f in fragments if f.tensor == index):
-            box = tuple(map(slice, fragment.start, fragment.stop))
-            check(not seen[box].any() and fragment.writer in holders[fragment.holders].ranks, "fragment")
-            data = stored[fragment.writer][0][fragment.offset :][: fragment.nbytes]
-            array[box] = np.frombuffer(data, raw).reshape(array[box].shape)
-            seen[box], nbytes = True, nbytes + fragment.nbytes
+        for f in (f for f in fragments if f.tensor == index):
+            box = tuple(map(slice, f.start, f.stop))
+            check(not seen[box].any() and f.writer in holders[f.holders].ranks, "fragment")
+            array[box] = np.frombuffer(stored[f.writer][0][f.offset :][: f.nbytes], raw).reshape(array[box].shape)
+            seen[box], nbytes = True, nbytes + f.nbytes
         check(bool(seen.all()), f"cover of {tensor.name}")
         for name in (tensor.name, *tensor.aliases):
             check(name not in whole, "a name twice")

@@ -77,9 +77,8 @@ class Step:
         """Every object of the step but its term, below `root`."""
         plan = self.plan()
         content = encode_plan(plan)
-        digest = Digest(len(content), hashlib.sha256(content).hexdigest())
-        if not (root / plan_key(self.term, digest.sha256)).exists():
-            put(root, plan_key(self.term, digest.sha256), content)
+        if not (root / plan_key(self.term, content.head.sha256)).exists():
+            put(root, plan_key(self.term, content.head.sha256), content.data)
         rows = [self._write_data(root, plan, rank) for rank in range(self.ranks)]
         files = encode_files(rows)
         put(root, files_key(self.step, self.term), files)
@@ -88,7 +87,7 @@ class Step:
             self.step,
             self.term,
             term_id,
-            digest,
+            content.head,
             Digest(len(files), hashlib.sha256(files).hexdigest()),
             Counts(len(plan.tensors), len(fragments), self.ranks, blocks, sum(f.nbytes for f in fragments)),
             {"dscheck": "0.1.0"},

@@ -8,13 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from dscheck.manifest.arrow import FRAGMENTS, HOLDERS, RANKS, TENSORS, encode_plan
-from dscheck.manifest.messages import walk
+from dscheck.manifest.arrow import FRAGMENTS, HOLDERS
+from dscheck.manifest.messages import walk, walk_packed
 from tests.manifest.flat import BODY, END, Table, flat, holders_batch, holders_schema, message
+from tests.manifest.stored import BATCH
 from tests.manifest.test_arrow import OTHER_SCHEMAS, rewrite
-from tests.manifest.test_plan import PLAN
-
-PLAN_STREAMS = (TENSORS, FRAGMENTS, RANKS, HOLDERS)
 
 
 def stream(schema: bytes | None = None, batch: bytes | None = None) -> bytes:
@@ -179,4 +177,60 @@ WALKED = [
 def test_the_walk_alone_refuses_another_schema(name: str) -> None:
     """format F31, F33"""
     with pytest.raises(ValueError, match=r"column|schema|message"):
-        walk(rewrite(encode_plan(PLAN), "fragments", OTHER_SCHEMAS[name]), PLAN_STREAMS)
+        walk_packed(rewrite(BATCH, "fragments", OTHER_SCHEMAS[name], compression="zstd"), FRAGMENTS)
+
+
+PACKED = b"".join(struct.pack("<q", len(data)) + data for data in (BODY[:12] + bytes(4), BODY[16:]))
+
+
+def packed(**changed: Any) -> bytes:
+    """The same batch, its buffers stored with their sizes in front, as if zstd had made them longer."""
+    compression = Table([("b", changed.pop("codec", 1)), ("b", changed.pop("method", 0))])
+    body = changed.pop("body", PACKED)
+    buffers = [(0, 0), (0, 24), (24, 0), (24, 24)]
+    return stream(batch=message(3, holders_batch(**{"buffers": buffers, "compression": compression} | changed), body))
+
+
+def test_a_packed_batch_is_walked() -> None:
+    """format F104"""
+    schema, rows, buffers = walk_packed(packed(), HOLDERS)
+    assert schema == message(1, holders_schema())
+    assert rows == 2
+    assert [buffer.nbytes for buffer in buffers] == [0, 16, 0, 16]
+    raw = walk_packed(packed(body=struct.pack("<q", -1) + PACKED[8:]), HOLDERS)[2][1]
+    assert (bytes(raw.data), raw.nbytes) == (PACKED[8:24], None)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"codec": 0},
+        {"codec": 2},
+        {"method": 1},
+        {"compression": None},
+        {"variadic": [(1, 1)]},
+        {"rows": 3},
+        {"nodes": [(2, 0), (129, 0)]},
+        {"nodes": [(2, 0), (-1, 0)]},
+        {"nodes": [(2, 0)]},
+        {"nodes": [(2, 0), (3, 1)]},
+        {"nodes": [(2, 0), (30, 0)]},
+        {"buffers": [(0, 8), (0, 24), (24, 0), (24, 24)]},
+        {"buffers": [(0, 0), (0, 24), (24, 0), (24, 32)]},
+        {"buffers": [(0, 0), (0, 24), (24, 0), (16, 24)]},
+        {"buffers": [(0, 0), (0, 24), (24, 0), (28, 20)]},
+        {"buffers": [(0, 0), (0, 24), (24, 0), (24, -8)]},
+        {"buffers": [(0, 0), (0, 24), (24, 0), (24, 4)]},
+        {"buffers": [(0, 0), (0, 24), (24, 0)]},
+        {"buffers": [(0, 0), (0, 24), (24, 0), (24, 24), (48, 0)]},
+        {"body": struct.pack("<q", 8) + PACKED[8:]},
+        {"body": struct.pack("<q", 72) + PACKED[8:]},
+        {"body": struct.pack("<q", -2) + PACKED[8:]},
+        {"body": struct.pack("<q", 1 << 62) + PACKED[8:]},
+    ],
+    ids=str,
+)
+def test_a_packed_batch_whose_lengths_disagree_is_refused(changed: dict[str, Any]) -> None:
+    """format F104"""
+    with pytest.raises(ValueError, match=r"."):
+        walk_packed(packed(**changed), HOLDERS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,16 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     return state | {f"small{i}": torch.randn(3 + i, 5, generator=generator) for i in range(SMALL)}
 
 
-def many_rounds(rank: int, far: bool) -> None:
-    """As a large state has them; `far`: as if each rank had a host of its own."""
+def many_rounds(rank: int, a_host: int) -> None:
+    """As a large state has them; as if there were so many ranks on a host."""
     share.PIECE_BYTES = 256 << 10
     share.RECEIVED_BYTES_A_ROUND = 4 << 20
-    if far:
-        near._host = lambda: [str(rank)]
+    near._host = lambda: [str(rank // a_host)]
 
 
-def replicas(rank: int, root: str, wrapped: bool, far: bool) -> Any:
+def replicas(rank: int, root: str, wrapped: bool, a_host: int) -> Any:
     """Load as one of many replicas; what the storage was asked for, and the report."""
-    many_rounds(rank, far)
+    many_rounds(rank, a_host)
     live = weights(1000 + rank)
     live["half"] = live["half"].double()
     storage = Faulty(LocalStorage(root))
@@ -64,10 +64,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("far", [True, False], ids=["over the group", "through shared memory"])
+@pytest.mark.parametrize("a_host", [1, 3, 8], ids=["over the group", "both ways", "through shared memory"])
 @pytest.mark.parametrize("wrapped", [True, False], ids=["counting storage", "local files"])
-def test_eight_replicas_read_what_they_want_once(root: Path, wrapped: bool, far: bool, tmp_path: Path) -> None:
-    found = Job(tmp_path / "job", 8, replicas, str(root), wrapped, far).results()
+def test_eight_replicas_read_what_they_want_once(root: Path, wrapped: bool, a_host: int, tmp_path: Path) -> None:
+    found = Job(tmp_path / "job", 8, replicas, str(root), wrapped, a_host).results()
     wanted = sum(tensor.nbytes for tensor in weights(1).values())
     for _, report in found:
         assert report.bytes == wanted
@@ -82,7 +82,7 @@ def test_eight_replicas_read_what_they_want_once(root: Path, wrapped: bool, far:
 
 
 def columns(rank: int, root: str) -> Any:
-    """Load matrices that were saved whole by columns."""
+    """Load matrices that were saved whole by columns: every rank wants a part of every block (TRAPS 34)."""
     share.PIECE_BYTES = 1 << 20
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     expected = weights(1)
@@ -117,7 +117,7 @@ def test_a_reshard_to_columns_reads_each_block_once(root: Path, tmp_path: Path) 
 
 
 def damaged(rank: int, root: str) -> Any:
-    many_rounds(rank, far=False)
+    many_rounds(rank, a_host=8)
     live = weights(1000 + rank)
     with Checkpointer(root, {"w": live}, timeout_s=60.0, rng=False) as ckpt:
         try:
@@ -128,9 +128,10 @@ def damaged(rank: int, root: str) -> Any:
 
 
 def test_a_block_that_one_rank_finds_damaged_ends_the_load_on_all(root: Path, tmp_path: Path) -> None:
+    """Of C6: by the name of the rank and with its reason, and nobody waits for a deadline."""
     contents = newest(root)
     path = root / contents.key(0)
-    fragment = next(f for f in contents.plan.fragments if f.nbytes > 4 << 20)
+    fragment = next(f for f in contents.plan.whole().fragments if f.nbytes > 4 << 20)
     at = fragment.offset + fragment.nbytes // 2
     whole = path.read_bytes()
     path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
@@ -146,8 +147,29 @@ def test_a_block_that_one_rank_finds_damaged_ends_the_load_on_all(root: Path, tm
             assert "crc32c" in str(error)
 
 
+def hanging(rank: int, root: str) -> Any:
+    many_rounds(rank, a_host=1)
+    with Checkpointer(root, {"w": weights(1000 + rank)}, timeout_s=4.0, rng=False) as ckpt:
+        assert ckpt._wire is not None
+        if rank == 2:
+            ckpt._wire.gather = lambda *args: time.sleep(6.0)  # type: ignore[method-assign, assignment, return-value]
+        try:
+            ckpt.load()
+        except Exception as error:
+            return type(error).__name__, str(error)
+    return None
+
+
+def test_nobody_waits_in_the_group_beyond_the_deadline(root: Path, tmp_path: Path) -> None:
+    ended = Job(tmp_path / "job", 4, hanging, str(root)).join(40.0)
+    for rank in (0, 1, 3):
+        name, message = ended[rank].value
+        assert name == "DeadlineError"
+        assert "over the process group until the deadline" in message
+
+
 def killed(rank: int, root: str, agreed: bool) -> Any:
-    many_rounds(rank, far=True)
+    many_rounds(rank, a_host=1)
     live = weights(1000 + rank)
     with Checkpointer(root, {"w": live}, timeout_s=5.0, rng=False) as ckpt:
         exchange = ckpt._ranks.exchange
