@@ -1,4 +1,4 @@
-"""`dscheck ls | inspect | verify | plan | probe`: what a root holds and gives; without a GPU, and `ls` without torch."""
+"""`dscheck ls | inspect | verify | plan | probe`: what a root holds and gives. `ls` needs neither torch nor pyarrow."""
 
 from dscheck.cli.app import main
 
