@@ -216,12 +216,15 @@ def on_first_rank(call: Callable[[], None]) -> None:
 
 
 def main(spec: Spec) -> None:
+    backend = "gloo"
     if spec.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        devices, ranks = torch.cuda.device_count(), int(os.environ.get("WORLD_SIZE", "1"))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % devices)
+        backend = "cpu:gloo,cuda:nccl" if devices >= ranks else "gloo"  # NCCL refuses ranks that share a device
     if "RANK" in os.environ:
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend)
     else:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     bench = Bench(spec)
     getattr(bench, spec.part)()
     if dist.get_rank() == 0:

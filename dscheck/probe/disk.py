@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
@@ -13,6 +14,7 @@ ALIGNMENT = 4096
 """Of every transfer's memory, offset and length: what all disks take for direct I/O."""
 
 _RANDOM_BYTES = 1 << 16
+_LIBC = ctypes.CDLL(None)
 
 
 class Way(NamedTuple):
@@ -27,6 +29,8 @@ def write_file(path: str | os.PathLike[str], nbytes: int, way: Way) -> None:
     """A new file of `nbytes`, rounded up to ALIGNMENT, durably. Raises OSError, EINVAL where direct I/O is refused."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _flag(way), 0o666)
     try:
+        if way.direct:
+            _reserve(fd, -(-nbytes // ALIGNMENT) * ALIGNMENT)
         _each_block(nbytes, way, lambda part, offset: os.pwrite(fd, part, offset))
         os.fsync(fd)
     finally:
@@ -41,6 +45,13 @@ def read_file(path: str | os.PathLike[str], nbytes: int, way: Way) -> None:
         _each_block(nbytes, way, lambda part, offset: os.preadv(fd, [part], offset))
     finally:
         os.close(fd)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Threads that write directly would else take turns to extend the file. Where it is refused nothing is done, while
+    os.posix_fallocate would write.
+    """
+    _LIBC.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes))
 
 
 def _flag(way: Way) -> int:
