@@ -24,7 +24,10 @@ from dscheck.manifest.messages import Column
 from dscheck.manifest.plan import Plan, RankRow, TensorRow
 from dscheck.manifest.record import Digest
 from dscheck.manifest.tables import (
+    array,
+    as_numpy,
     columns,
+    digests,
     ints,
     lists,
     offsets,
@@ -115,14 +118,14 @@ def encode_plan(plan: Plan) -> EncodedPlan:
 
 def _encode_batch(rows: Fragments) -> bytes:
     arrays = [
-        pa.array(rows.tensor),
+        array(rows.tensor),
         ragged(rows.boxes.at, rows.boxes.start),
         ragged(rows.boxes.at, rows.boxes.stop),
-        pa.array(rows.writer),
-        pa.array(rows.offset),
-        pa.array(rows.nbytes),
-        pa.array(rows.first_block),
-        pa.array(rows.holders),
+        array(rows.writer),
+        array(rows.offset),
+        array(rows.nbytes),
+        array(rows.first_block),
+        array(rows.holders),
     ]
     return write_packed("fragments", FRAGMENTS, arrays)
 
@@ -165,14 +168,14 @@ def _encode_head(plan: Plan, directory: Directory) -> bytes:
         ]),
         ("holders", HOLDERS, {}, [lists(plan.holders, np.int32)]),
         ("batches", BATCHES, {"dscheck.block_bytes": str(plan.block_bytes)}, [
-            pa.array(directory.offset),
-            pa.array(directory.size),
-            pa.array(directory.rows.astype(np.int32)),
-            pa.array(directory.first.astype(np.int32)),
-            pa.array(directory.last.astype(np.int32)),
+            array(directory.offset),
+            array(directory.size),
+            array(directory.rows.astype(np.int32)),
+            array(directory.first.astype(np.int32)),
+            array(directory.last.astype(np.int32)),
             ragged(directory.hulls.at, directory.hulls.start),
             ragged(directory.hulls.at, directory.hulls.stop),
-            pa.array(directory.sha256, pa.binary(32)),
+            digests(directory.sha256),
         ]),
     )  # fmt: skip
 
@@ -197,13 +200,13 @@ def decode_head(data: bytes, key: str) -> Head:
 
 
 def _decode_directory(batch: pa.RecordBatch) -> Directory:
-    *numbers, low, high, digests = batch.columns
-    offset, size, rows, first, last = (column.to_numpy().astype(np.int64) for column in numbers)
+    *numbers, low, high, sha256 = batch.columns
+    offset, size, rows, first, last = (as_numpy(column).astype(np.int64) for column in numbers)
     at = offsets(low)
     if not np.array_equal(at, offsets(high)):
         raise ValueError("a box has not as many starts as stops")
-    hulls = Boxes(at, low.values.to_numpy(), high.values.to_numpy())
-    return Directory(offset, size, rows, first, last, hulls, tuple(digests.to_pylist()))
+    hulls = Boxes(at, as_numpy(low.values), as_numpy(high.values))
+    return Directory(offset, size, rows, first, last, hulls, tuple(sha256.to_pylist()))
 
 
 def decode_batch(data: bytes, number: int, head: Head, rules: BatchRules, key: str) -> Fragments:
@@ -234,7 +237,7 @@ def encode_files(rows: Sequence[FileRow]) -> bytes:
         parts: list[Extent] = [getattr(row, name) for row in rows]
         values.append(ints([part.offset for part in parts], np.int64))
         values.append(ints([part.size for part in parts], np.int64))
-        values.append(pa.array([bytes.fromhex(part.sha256) for part in parts], pa.binary(32)))
+        values.append(digests([bytes.fromhex(part.sha256) for part in parts]))
     return write(("files", FILES, {}, values))
 
 
