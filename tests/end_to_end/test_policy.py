@@ -252,18 +252,22 @@ def test_a_save_without_room_waits_by_default_and_counts_the_stall() -> None:
     assert steps == [1, 2, 3]
 
 
-def test_a_busy_rank_skips_on_all_ranks_when_asked() -> None:
+@pytest.mark.parametrize("busy", [{1}, {0, 1}])
+def test_a_busy_rank_skips_on_all_ranks_when_asked(busy: set[int]) -> None:
+    """At once where all are busy; a rank that is not hears of it when its own earlier save has ended."""
     root = fresh()
     let_go = threading.Event()
 
     def run(ranks: Ranks) -> list[int]:
-        storage = Faulty(root, hang(let_go, "write", "steps/1/*")) if ranks.rank == 1 else root
+        storage = Faulty(root, hang(let_go, "write", "steps/1/*")) if ranks.rank in busy else root
         state = {"x": sharded(torch.ones(MANY), (2 * MANY,), (MANY * ranks.rank,))}
         with open_on(ranks, storage, state, when_busy="skip") as ckpt:
             first = ckpt.save(1)
             second = ckpt.save(2)
+            if busy == {ranks.rank}:
+                let_go.set()
             with pytest.raises(SaveSkippedError):
-                second.wait(10)
+                second.wait(30)
             let_go.set()
             first.wait()
             ckpt.save(3).wait()
