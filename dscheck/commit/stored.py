@@ -6,7 +6,10 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from dscheck.errors import CorruptCheckpointError, LayoutError
+from dscheck.layout.boxes import Ints, joined
 from dscheck.layout.region import Region
 from dscheck.manifest.arrow import decode_batch, decode_head, refusing
 from dscheck.manifest.fragments import Fragments
@@ -82,28 +85,30 @@ class StoredPlan:
         """The tensor's index by every name that it has."""
         return {name: i for i, tensor in enumerate(self.tensors) for name in tensor.names}
 
-    def overlapping(self, wanted: Sequence[tuple[int, Region]]) -> list[Fragments]:
-        """For each tensor and region of it the fragments that share an element with it, by start.
-
-        Reads the batches that may hold some, each once. Raises CorruptCheckpointError.
-        """
+    def overlapping(self, wanted: Sequence[tuple[int, Region]]) -> tuple[Fragments, Ints]:
+        """As of a plan in memory. Reads the batches that may hold some, each once. Raises CorruptCheckpointError."""
+        asked, want = self.head.directory.find_each(wanted)
         asking: dict[int, list[int]] = defaultdict(list)
-        for number, (tensor, region) in enumerate(wanted):
-            for batch in self.head.directory.find(tensor, region):
-                asking[batch].append(number)
-        found: list[list[Fragments]] = [[] for _ in wanted]
-        for batch, rows in self._read(sorted(asking)):
+        for batch, number in zip(asked.tolist(), want.tolist(), strict=True):
+            asking[batch].append(number)
+        parts: list[Fragments] = []
+        numbers: list[Ints] = []
+        for batch, rows in self._read(list(asking)):
             for number in asking[batch]:
-                found[number].append(rows.overlapping(*wanted[number]))
-        overlaps = [Fragments.joined(parts) for parts in found]
+                found = rows.overlapping(*wanted[number])
+                parts.append(rows.take(found))
+                numbers.append(np.full(len(found), number))
+        want = joined(numbers, np.int64)
+        order = np.argsort(want, kind="stable")
+        rows = Fragments.joined(parts).take(order)
         with refusing(self.key):
-            self._rules.check_rows(Fragments.joined([*overlaps]))
-        return overlaps
+            self._rules.check_rows(rows)
+        return rows, want[order]
 
     def fragments_of(self, tensor: int) -> Fragments:
         """All fragments of one tensor, by start."""
         parts = []
-        for rows in self._checked(self.head.directory.find(tensor, None)):
+        for rows in self._checked(self.head.directory.find(tensor)):
             begin, end = rows.rows_of(tensor)
             parts.append(rows[begin:end])
         return Fragments.joined(parts)

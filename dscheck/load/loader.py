@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from dscheck.commit import read_history
@@ -16,12 +17,11 @@ from dscheck.config import Settings
 from dscheck.errors import ConfigError, DscheckError, StateMismatchError
 from dscheck.load.counted import Counted
 from dscheck.load.fill import Filling, Split, split
-from dscheck.load.needs import Need, needs_of
+from dscheck.load.needs import Needs, needs_of
 from dscheck.load.read import Checksums
 from dscheck.load.report import LoadReport
 from dscheck.load.saved import saved_state
 from dscheck.load.wire import Wire
-from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.manifest.keys import record_key
 from dscheck.manifest.record import Record, decode_record
 from dscheck.ranks.base import Failed, Ok, Ranks
@@ -60,7 +60,7 @@ class Decision:
 class _Prepared(NamedTuple):
     contents: Contents
     restore: Restore
-    needs: list[Need]
+    needs: Needs
     checksums: Checksums
 
 
@@ -134,7 +134,7 @@ class Loader:
             missing=prepared.restore.missing,
             unexpected=unexpected,
             rng=rng,
-            bytes=sum(need.box.numel * ITEMSIZE[need.row.dtype] for need in prepared.needs),
+            bytes=prepared.needs.nbytes,
             bytes_read=read,
             bytes_received=filling.received,
             bytes_read_by_all=read_by_all,
@@ -186,11 +186,11 @@ class Loader:
         needs = needs_of(
             contents.plan, [(index[target.name], part.region, part) for target in targets for part in target.parts]
         )
-        checksums = contents.checksums(sorted({need.fragment.writer for need in needs}))
+        checksums = contents.checksums(np.unique(needs.file).tolist())
         return _Prepared(contents, restore, needs, checksums)
 
     def _fill(self, prepared: _Prepared, parts: Split) -> Filling:
-        for device in {need.target.view.device for need in prepared.needs} - {torch.device("cpu")}:
+        for device in {target.view.device for target in prepared.needs.targets} - {torch.device("cpu")}:
             torch.accelerator.synchronize(device)  # a step under way, on whatever stream, must not write over it
         filling = Filling(self._storage, prepared.contents, prepared.checksums, self._settings, self._deadline)
 
