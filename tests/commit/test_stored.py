@@ -73,7 +73,7 @@ def test_a_rank_reads_the_head_and_the_batches_that_it_needs() -> None:
 
 
 def test_far_batches_are_read_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dscheck.commit.stored.GAP_BYTES", 100)
+    monkeypatch.setattr("dscheck.commit.parts.GAP_BYTES", 100)
     storage = Faulty(MemoryStorage())
     found = StoredPlan(storage, 1, put_plan(storage, 1, encoded(rows_of(6000), 1000)))
     before = found.bytes_read
@@ -83,7 +83,7 @@ def test_far_batches_are_read_apart(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_no_read_of_batches_is_longer_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dscheck.commit.stored.READ_BYTES", 1)
+    monkeypatch.setattr("dscheck.commit.parts.READ_BYTES", 1)
     storage, plan = Faulty(MemoryStorage()), rows_of(50)
     found = StoredPlan(storage, 1, put_plan(storage, 1, encoded(plan, 10)))
     assert found.whole() == plan
