@@ -61,8 +61,7 @@ def beside(fs: Any, folder: str) -> Iterator[str]:
         yield path
     finally:
         with suppress(Exception):
-            if there(fs, path):
-                fs.rm_file(path)
+            fs.rm_file(path)
 
 
 def refutes(connect: Callable[[], Any], folder: str, put: Put) -> str | None:

@@ -16,7 +16,7 @@ MOST_BYTES = 16 << 20
 
 
 class FsspecWriter:
-    """Takes `file`, open for writing; `fs` is the file system of it. `visible`: its object shows before it is closed.
+    """Takes `file`, open for writing; `fs` is its file system. `visible`: even an upload shows before it is closed.
 
     `let_go` is called once, at the end of the writer's work.
     """
@@ -31,7 +31,8 @@ class FsspecWriter:
         reporting: Callable[[str], AbstractContextManager[None]],
         let_go: Callable[[], object],
     ) -> None:
-        self._fs, self._path, self._file, self._visible = fs, path, file, visible
+        self._fs, self._path, self._file = fs, path, file
+        self._visible = visible or not self._uploads()
         self._reporting, self._let_go = reporting, let_go
         self._size = 0
         self._usable = True
@@ -72,7 +73,7 @@ class FsspecWriter:
             else:
                 self._file.close()
         with suppress(Exception):
-            if self._visible or not self._uploads():
+            if self._visible:
                 self._fs.rm_file(self._path)
 
     def _finish(self) -> None:
