@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import fsspec
@@ -143,24 +141,3 @@ class CloudFile(AbstractBufferedFile):
 
 for file_system in (Vault, Attic, Shelf, Cloud):
     fsspec.register_implementation(file_system.protocol, file_system, clobber=True)
-
-
-@contextmanager
-def ftp_server(folder: str) -> Iterator[str]:
-    """An FTP server of this process over `folder`; its URL, with the credentials that it asks for."""
-    from pyftpdlib.authorizers import DummyAuthorizer
-    from pyftpdlib.handlers import FTPHandler
-    from pyftpdlib.servers import ThreadedFTPServer
-
-    class Handler(FTPHandler):  # type: ignore[misc]
-        authorizer = DummyAuthorizer()
-
-    Handler.authorizer.add_user("me", "ftp-password", folder, perm="elradfmwMT")
-    server = ThreadedFTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"timeout": 0.1, "handle_exit": False}, daemon=True)
-    thread.start()
-    try:
-        yield f"ftp://me:ftp-password@127.0.0.1:{server.address[1]}"
-    finally:
-        server.close_all()
-        thread.join(10)

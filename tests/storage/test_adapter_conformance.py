@@ -10,7 +10,7 @@ import pytest
 from dscheck.commit import SingleWriter
 from dscheck.storage import Storage, open_storage
 from dscheck.testing.conformance import Raw, StorageConformance
-from tests.storage.file_systems import Cloud, Vault, ftp_server
+from tests.storage.file_systems import Cloud, Vault
 
 
 class TestObjectStore(StorageConformance):
@@ -80,16 +80,3 @@ class TestFilesThatARenameReplaces(TestFilesThatARenameDoesNotReplace):
 
     def open(self, folder: Path) -> Storage:
         return SingleWriter(super().open(folder))
-
-
-class TestFtp(TestFilesThatARenameReplaces):
-    race_rounds = 5
-    large_bytes = 12 << 20
-
-    @pytest.fixture(autouse=True)
-    def server(self, tmp_path: Path) -> Iterator[None]:
-        with ftp_server(str(tmp_path)) as self.url:
-            yield
-
-    def open(self, folder: Path) -> Storage:
-        return SingleWriter(open_storage(f"{self.url}/runs/7"))
