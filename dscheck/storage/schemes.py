@@ -78,8 +78,8 @@ def _open_by(plug_in: EntryPoint, url: str, options: Mapping[str, Any]) -> Stora
         )
     if not isinstance(storage, Storage):
         raise ConfigError(
-            f"{about} returned a {type(storage).__name__}, which is no dscheck.storage.Storage: it lacks "
-            f"{', '.join(name for name in _VERBS if not hasattr(storage, name))}"
+            f"{about} returned an object of type {type(storage).__name__}, which is no dscheck.storage.Storage: "
+            f"it lacks {', '.join(name for name in _VERBS if not hasattr(storage, name))}"
         )
     if Secrets(url, {}).hide(storage.url) != storage.url:
         raise ConfigError(f"{about} shows credentials in its `url`: it is to pass dscheck.storage.redact_url")

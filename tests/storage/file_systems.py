@@ -139,5 +139,31 @@ class CloudFile(AbstractBufferedFile):
         self.parts = []
 
 
-for file_system in (Vault, Attic, Shelf, Cloud):
+class Signed(Cloud):
+    """One that reads user, password and a signature from its URL, and tells them all in its errors."""
+
+    protocol = "signed"
+
+    def __init__(self, url: str, token: str, **kwargs: Any) -> None:
+        super().__init__(f"{token} at {url}", **kwargs)
+
+    @staticmethod
+    def _get_kwargs_from_urls(path: str) -> dict[str, str]:
+        return {"url": path}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(Cloud._strip_protocol(path)).rpartition("://")[2].rpartition("@")[2].partition("?")[0]
+
+
+class Strict(Cloud):
+    """One that takes no options."""
+
+    protocol = "strict"
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+for file_system in (Vault, Attic, Shelf, Cloud, Signed, Strict):
     fsspec.register_implementation(file_system.protocol, file_system, clobber=True)
