@@ -10,6 +10,7 @@ from dscheck.errors import ConfigError
 WhenBusy = Literal["wait", "skip"]
 OnFailure = Literal["warn", "raise"]
 Replicas = Literal["equal", "first"]
+Commit = Literal["put-if-absent", "single-writer"]
 Auto = Literal["auto"]
 
 MIB = 1 << 20
@@ -21,6 +22,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "when_busy": (str,),
     "on_failure": (str,),
     "replicas": (str,),
+    "commit": (str,),
     "fresh": (bool,),
     "rng": (bool,),
     "block_bytes": (int,),
@@ -49,6 +51,8 @@ class Settings:
     ranks.
     on_failure: a save failed in the background: "warn", or also "raise" at the next call.
     replicas: ranks claim one plain tensor: "equal" refuses them when they differ, "first" takes the lowest rank's.
+    commit: "put-if-absent", or "single-writer" for a store without that condition, where only one job at a time may
+    write: docs/commit.md P26 to P29 say what it does not promise.
     fresh: start a new history in a root that has commits, instead of refusing to save before a load.
     rng: capture and restore the random generators of Python, NumPy and torch.
     block_bytes: length of a checksummed block, the unit of reading; a power of two, 4 KiB to 64 MiB.
@@ -71,6 +75,7 @@ class Settings:
     when_busy: WhenBusy = "wait"
     on_failure: OnFailure = "warn"
     replicas: Replicas = "equal"
+    commit: Commit = "put-if-absent"
     fresh: bool = False
     rng: bool = True
     block_bytes: int = 256 << 10
@@ -95,7 +100,8 @@ class Settings:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}")
         if not 0 < self.timeout_s <= LONGEST_S:
             raise ConfigError(f"timeout_s={self.timeout_s!r}: expected seconds, more than 0 and at most {LONGEST_S}")
-        for name, choices in (("when_busy", WhenBusy), ("on_failure", OnFailure), ("replicas", Replicas)):
+        choices_of = {"when_busy": WhenBusy, "on_failure": OnFailure, "replicas": Replicas, "commit": Commit}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {get_args(choices)}")
         if not 4096 <= self.block_bytes <= 64 * MIB or self.block_bytes & (self.block_bytes - 1):

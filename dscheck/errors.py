@@ -7,6 +7,7 @@
     │   └── IncompleteCoverError                fragments that do not tile a tensor exactly once
     ├── StateMismatchError(ValueError)          the checkpoint holds another model than the live state
     ├── StorageError(OSError)                   the storage failed, after whatever retries it was given
+    │   └── NoConditionError                    the store cannot create an object only where there is none
     ├── CheckpointNotFoundError(FileNotFoundError)   no such root, step or tensor
     ├── CheckpointExistsError(FileExistsError)  the root has commits and nothing was loaded from it
     ├── CorruptCheckpointError                  bytes that contradict their checksum, digest or declared sizes
@@ -68,6 +69,10 @@ class StateMismatchError(DscheckError, ValueError):
 
 class StorageError(DscheckError, OSError):
     """The storage failed. `url` and `key` say where; the cause is chained."""
+
+
+class NoConditionError(StorageError):
+    """The store has no put-if-absent, on which every commit stands, and `commit="single-writer"` was not chosen."""
 
 
 class CheckpointNotFoundError(DscheckError, FileNotFoundError):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dscheck.errors import ConfigError, DscheckError
+
+if TYPE_CHECKING:
+    from dscheck.storage import Storage
 
 app = typer.Typer(
     name="dscheck",
@@ -18,16 +21,25 @@ app = typer.Typer(
 )
 
 Root = Annotated[str, typer.Argument(help="A directory or URL that a Checkpointer saves to.", show_default=False)]
+Options = Annotated[
+    str | None,
+    typer.Option(
+        "--storage-options",
+        envvar="DSCHECK_STORAGE_OPTIONS",
+        help="What opens the root's URL besides, as a JSON object. Other users of this host see it here, not in there.",
+        show_default=False,
+    ),
+]
 Step = Annotated[int | None, typer.Argument(help="The step; the newest committed one by default.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
-def ls(root: Root, json: Json = False) -> None:
+def ls(root: Root, json: Json = False, options: Options = None) -> None:
     """List the steps: when each was committed, its size, its ranks and how long it took."""
     from dscheck.cli.ls import show
 
-    show(root, json)
+    show(_opened(root, options), json)
 
 
 @app.command()
@@ -38,19 +50,20 @@ def inspect(
         str | None, typer.Option(help="Show the fragments of this tensor: who holds and who wrote what.")
     ] = None,
     json: Json = False,
+    options: Options = None,
 ) -> None:
     """Show the tensors of a step, or the fragments of one tensor."""
     from dscheck.cli.inspect import show
 
-    show(root, step, tensor, json)
+    show(_opened(root, options), step, tensor, json)
 
 
 @app.command()
-def verify(root: Root, step: Step = None, json: Json = False) -> None:
+def verify(root: Root, step: Step = None, json: Json = False, options: Options = None) -> None:
     """Read every block of a step and list what is damaged. Exit code 1 when anything is."""
     from dscheck.cli.verify import show
 
-    if not show(root, step, json):
+    if not show(_opened(root, options), step, json):
         raise typer.Exit(1)
 
 
@@ -65,11 +78,12 @@ def plan(
     only: Annotated[list[str] | None, typer.Option(help="Only tensors below this name, such as model.")] = None,
     gb_per_s: Annotated[float | None, typer.Option(help="What one rank reads a second: says how long.")] = None,
     json: Json = False,
+    options: Options = None,
 ) -> None:
     """Say what each rank of another layout would read. Tensors are cut by the rule of docs/plan.md."""
     from dscheck.cli.plan import show
 
-    show(root, step, to, cut or (), only or (), gb_per_s, json)
+    show(_opened(root, options), step, to, cut or (), only or (), gb_per_s, json)
 
 
 @app.command()
@@ -84,6 +98,19 @@ def probe(
     from dscheck.cli.probe import show
 
     show(root, size, seconds, keep, json)
+
+
+def _opened(root: str, options: str | None) -> Storage:
+    """The storage of a root. Raises ConfigError; what was given as options is not repeated."""
+    from json import loads
+
+    from dscheck.storage import open_storage
+
+    try:
+        parsed = loads(options) if options else None
+    except ValueError:
+        raise ConfigError("--storage-options, or DSCHECK_STORAGE_OPTIONS: expected a JSON object") from None
+    return open_storage(root, parsed)
 
 
 def main() -> None:

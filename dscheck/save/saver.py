@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from dscheck.commit import SingleWriter
 from dscheck.config import Settings
 from dscheck.errors import DeadlineError, DscheckError, RankFailureError, SupersededError
 from dscheck.ranks.base import Failed, Ranks
@@ -43,7 +44,8 @@ class Saver:
     ) -> None:
         self._storage, self._ranks, self._settings, self._fences = storage, ranks, settings, fences
         self._host = socket.gethostname()
-        self._pipeline = self._new_pipeline(Coordinator(storage, settings, versions), Standing())
+        committing = SingleWriter(storage) if settings.commit == "single-writer" else storage
+        self._pipeline = self._new_pipeline(Coordinator(committing, settings, versions), Standing())
         self._holdings: Holdings | None = None
         self._in_flight: deque[Attempt] = deque()
         self._skips: list[SaveHandle] = []

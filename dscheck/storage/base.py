@@ -59,6 +59,8 @@ class Storage(Protocol):
         """Create `key` with exactly `data`, durably and atomically; False, changing nothing, when it already exists.
 
         A reader sees the whole object or none. After an error the outcome is unknown: the caller reads back.
+        Where the store has no such condition it replaces the object and returns True, which a claim finds out
+        (docs/commit.md P4): nothing is written there but with `commit="single-writer"`.
         """
 
     def create(self, key: str) -> ObjectWriter:
@@ -75,6 +77,17 @@ class Storage(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove `key`, durably; one that is not there is no error."""
+
+
+@runtime_checkable
+class MayLackCondition(Protocol):
+    """What a Storage offers besides whose store may have no put-if-absent: it says so before a claim is put there."""
+
+    def lacks_condition(self) -> str | None:
+        """Why `put_if_absent` would replace what is there; None when it was tried, against a rival too, and held.
+
+        Tried once, with objects that no listing shows and that are gone afterwards. Raises StorageError.
+        """
 
 
 @runtime_checkable
