@@ -1,8 +1,9 @@
 """The commit protocol of docs/commit.md as actors over one storage, with a switch for all that might be left out.
 
 Keys: ("term", n) -> Claim, ("plan", term, name), ("data", term, step), ("files", term, step), ("record", term, step)
--> Committed or TOMBSTONE, and ("deleted", term, step), beside which a record counts for nothing. One data object stands for those of all ranks. A listing with the reads that follow it is one
-step here: terms are never deleted, and a record that is gone when it is read makes the reader list again.
+-> Committed or TOMBSTONE, and ("deleted", term, step), beside which a record counts for nothing. One data object stands
+for those of all ranks. A listing with the reads that follow it is one step here: terms are never deleted, and a record
+that is gone when it is read makes the reader list again.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class Rules:
     failed_attempt_kept: bool = True
     # The history
     records_listed_first: bool = True
+    missing_parent_looked_for: bool = True
     claim_counts_at_once: bool = True
     fresh_claim_hides_nothing: bool = True
     claim_of_a_deleted_step_hides_nothing: bool = True
@@ -208,7 +210,7 @@ def zombie(
 
 def load_and_claim(rules: Rules, me: str, resume: int | str, number: int) -> Run:
     """The claimed term, or None, and the live history up to the step that it continues."""
-    records, terms = yield from look(rules)
+    records, terms = yield from look(rules, 0)
     if any(r.term not in terms for r in records):
         yield Note("finds damage", me, None)
         return None, []
@@ -217,8 +219,8 @@ def load_and_claim(rules: Rules, me: str, resume: int | str, number: int) -> Run
         base = next((r for r in visible(rules, records, terms) if r.step == resume), None)
         if base is None:
             return None, []
-    elif base is None:
-        yield Note("finds nothing", me, None)
+    else:
+        yield Note("finds newest", me, (max(terms, default=0), base))
     if resume == "fresh":
         base = None
     lineage = sorted(r for r in visible(rules, records, terms) if base and r.step <= base.step)
@@ -229,14 +231,17 @@ def load_and_claim(rules: Rules, me: str, resume: int | str, number: int) -> Run
     return term, lineage
 
 
-def look(rules: Rules) -> Run:
-    """The records and the terms."""
+def look(rules: Rules, known: int) -> Run:
+    """The records and the terms. `known`: the highest term that was seen before."""
     if rules.records_listed_first:
         records = yield Look(committed)
         terms = dict((yield Look(claims)))
     else:
         terms = dict((yield Look(claims)))
         records = yield Look(committed)
+    passed_over = (n for n in terms if n > max(known, head(rules, records, terms) or 0) and terms[n].parent)
+    if rules.missing_parent_looked_for and any(passed_over):
+        return (yield from look(rules, max(terms)))
     return records, terms
 
 
@@ -391,9 +396,9 @@ def kept(rules: Rules, records: frozenset[Committed], terms: dict[int, Claim]) -
 
 def drop(rules: Rules, name: tuple[int, int]) -> Run:
     """Delete a committed step; False when nobody can say whether it is deleted."""
-    if rules.deletion_marked_first:
-        if (yield Put(("deleted", *name), "deleted")) == ERROR and (yield Get(("deleted", *name))) is None:
-            return False
+    marked = (yield Put(("deleted", *name), "deleted")) if rules.deletion_marked_first else True
+    if marked == ERROR and (yield Get(("deleted", *name))) is None:
+        return False
     yield Delete(("record", *name))
     yield from drop_data(*name)
     return True

@@ -77,7 +77,7 @@ class Safety:
                 return f"{note.actor} acknowledged {note.about}, and its own claim continues from before it"
             if note.event == "finds damage":
                 return f"{note.actor} takes a sound root for a damaged one"
-            if note.event == "finds nothing" and self.acknowledged:
+            if note.event == "finds newest" and isinstance(note.about, tuple) and not note.about[1] and self.acknowledged:
                 return f"{note.actor} finds no step in a root that never was without"
         told = {note.about for note in notes if note.event == "acknowledges" and isinstance(note.about, Committed)}
         dropped = {note.about[1] for note in notes if note.event == "drops" and isinstance(note.about, tuple)}
@@ -90,6 +90,8 @@ class Safety:
         for note in new:
             if note.event == "gives up" and note.about in seen.records:
                 return f"{note.actor} reports a failure, and {note.about} is committed"
+            if note.event == "finds newest" and isinstance(note.about, tuple) and passes_over(*note.about, seen):
+                return f"{note.actor} takes {note.about[1]} for the newest, and has seen a claim of a newer one"
             if note.event == "drops" and isinstance(note.about, tuple) and note.about[0] < max(seen.terms):
                 return f"{note.actor} deletes {note.about[1]}, and a newer job has claimed the root"
         return None
@@ -119,7 +121,7 @@ def moved(before: Seen, after: Seen) -> str | None:
 
 
 def without_its_claim(before: Seen, after: Seen) -> Committed | None:
-    """What a claim had hidden that named the newest step, when that step was deleted before the claim's first record."""
+    """What a claim had hidden, when the newest step, which it names, was deleted before the claim's first record."""
     gone = before.newest
     if gone is None or gone in after.records:
         return gone
@@ -127,6 +129,13 @@ def without_its_claim(before: Seen, after: Seen) -> Committed | None:
     if not naming or any(r.term >= min(naming) for r in after.records):
         return gone
     return newest(RIGHT, after.records, {n: claim for n, claim in after.terms.items() if n < min(naming)})
+
+
+def passes_over(top: int, found: Committed | None, seen: Seen) -> bool:
+    """Whether the claim of term `top` continues from a step that is there, and is newer than the one found."""
+    parent = seen.terms[top].parent if top else None
+    there = {(r.term, r.step) for r in seen.records}
+    return parent in there and parent is not None and (found is None or (found.term, found.step) < parent)
 
 
 def forsaken(record: Committed, terms: dict[int, Claim]) -> bool:

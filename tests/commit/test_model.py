@@ -28,6 +28,7 @@ NEEDED_BY: dict[str, Callable[[Rules], Scenario]] = {
     "tombstone_honoured": scenarios.zombie_restart_and_gc,
     "failed_attempt_kept": scenarios.zombie_restart_and_gc,
     "records_listed_first": scenarios.two_jobs_and_a_zombie,
+    "missing_parent_looked_for": scenarios.fresh_start_amid_a_look,
     "claim_counts_at_once": scenarios.rollback_and_zombie,
     "fresh_claim_hides_nothing": scenarios.fresh_start_over_an_old_run,
     "claim_of_a_deleted_step_hides_nothing": scenarios.retention,
