@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dscheck.config import Keep
 from dscheck.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -43,6 +44,7 @@ __all__ = [
     "DeadlineError",
     "DscheckError",
     "IncompleteCoverError",
+    "Keep",
     "LayoutError",
     "LoadReport",
     "PerRank",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import numbers
 import os
 import platform
 import threading
@@ -34,6 +36,7 @@ from dscheck.ranks.base import Ranks
 from dscheck.save.coordinator import Lineage
 from dscheck.save.handle import SaveHandle, SaveStats
 from dscheck.save.ledger import Ledger
+from dscheck.save.retainer import RetentionStats
 from dscheck.save.saver import Saver
 from dscheck.snapshot import Fences
 from dscheck.state import LiveState
@@ -44,7 +47,10 @@ from dscheck.tuning import tuned
 
 log = logging.getLogger("dscheck")
 
-__all__ = ["Checkpointer", "LoadReport", "SaveHandle", "SaveStats"]
+__all__ = ["Checkpointer", "LoadReport", "RetentionStats", "SaveHandle", "SaveStats"]
+
+MOST_METRICS, LONGEST_METRIC = 100, 100
+"""Metrics of one save, and characters of a name: a record is one small read."""
 
 
 class Checkpointer:
@@ -107,13 +113,17 @@ class Checkpointer:
     ) -> None:
         self.close(abort=error is not None)
 
-    def save(self, step: int) -> SaveHandle:
+    def save(self, step: int, metrics: Mapping[str, float] | None = None) -> SaveHandle:
         """Start to save the state of this moment as `step`, and return at once.
+
+        `metrics` are numbers by name that the step's record carries, for `Keep(by=...)` and `dscheck ls`; those of
+        rank 0 count.
 
         Earlier saves may still be under way. It waits for them only where the capture finds no room, or where the ranks
         have not agreed yet on a plan for a state of this structure; the handle's statistics say how long.
         Raises what is wrong with the call or the state, before anything is captured, and then tells the other ranks:
-        ConfigError (a step that does not exceed the last one, those under way included), StateError (what cannot be
+        ConfigError (a step that does not exceed the last one, those under way included; metrics that are no numbers),
+        StateError (what cannot be
         stored plainly, by path), CheckpointExistsError, UnusableStateError; with `on_failure="raise"` also the first
         error of an earlier save that was not raised yet. Any later fault shows on the handle and in a warning, and
         leaves the last committed step as it was (C8).
@@ -123,11 +133,11 @@ class Checkpointer:
                 f"save({step!r}) while another thread is in save(): call it from the training thread alone"
             )
         try:
-            return self._save(step)
+            return self._save(step, metrics)
         finally:
             self._saving.release()
 
-    def _save(self, step: int) -> SaveHandle:
+    def _save(self, step: int, metrics: Mapping[str, float] | None) -> SaveHandle:
         began = time.monotonic()
         self._refuse_closed("save")
         self._saver.tidy()
@@ -135,13 +145,14 @@ class Checkpointer:
             return self._saver.decline(step, self._saver.superseded)
         try:
             self._check_step(step)
+            checked = _metrics(metrics)
             self._raise_untold()
             flat = self._live.flatten()
             self._watch(flat)
         except Exception as error:
             self._saver.refuse(step, error)
             raise
-        handle = self._saver.save(step, flat, began)
+        handle = self._saver.save(step, flat, began, checked)
         self._ledger.add(handle)
         return handle
 
@@ -195,6 +206,11 @@ class Checkpointer:
         """The newest committed step, or None. Not collective."""
         newest = read_history(self.storage).newest
         return None if newest is None else newest.step
+
+    @property
+    def retention(self) -> RetentionStats:
+        """What `keep` has deleted so far, and what went wrong; on rank 0, elsewhere nothing."""
+        return self._saver.retainer.stats
 
     def fence(self) -> None:
         """Return when the state may be changed by other means than an optimizer step: EMA swaps, clamping,
@@ -277,6 +293,24 @@ class Checkpointer:
 def _check_number(step: Any) -> None:
     if type(step) is not int or not 0 <= step <= LARGEST:
         raise ConfigError(f"step {step!r}: expected an int from 0 to {LARGEST}")
+
+
+def _metrics(given: Any) -> dict[str, float | None]:
+    """The numbers by name, None for what is not finite. Raises ConfigError."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or len(given) > MOST_METRICS:
+        raise ConfigError(
+            f"metrics={given!r}: expected at most {MOST_METRICS} numbers by name, such as {{'loss': 0.3}}"
+        )
+    for name, value in given.items():
+        if type(name) is not str or not 0 < len(name) <= LONGEST_METRIC:
+            raise ConfigError(f"metrics: the name {name!r}: expected a text of 1 to {LONGEST_METRIC} characters")
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ConfigError(
+                f"metrics: {name}={value!r}: expected a number (`.item()` of a tensor waits for its device)"
+            )
+    return {name: float(value) if math.isfinite(value) else None for name, value in given.items()}
 
 
 def _request(step: int | None, only: Sequence[str] | None, strict: bool, convert_dtype: bool) -> Request:

@@ -7,8 +7,10 @@ from typing import Any
 
 from dscheck.cli.text import console, size, table, when
 from dscheck.commit.history import read_history
+from dscheck.commit.listing import StepRef
+from dscheck.commit.pins import pinned, read_pin
 from dscheck.errors import CheckpointNotFoundError
-from dscheck.storage import open_storage
+from dscheck.storage import Storage, open_storage
 
 
 def show(root: str, as_json: bool) -> None:
@@ -18,11 +20,14 @@ def show(root: str, as_json: bool) -> None:
         print(json.dumps(rows, indent=2))
         return
     shown = table(
-        root, "step", "term", "history", "committed", "size", "tensors", "ranks", "took", right=("step", "size", "took")
+        *(root, "step", "term", "history", "committed", "size", "tensors", "ranks", "took", "metrics", "pin"),
+        right=("step", "size", "took"),
     )
     for row in rows:
         numbers = (str(row["step"]), str(row["term"]), row["history"], when(row["committed"]), size(row["bytes"]))
-        shown.add_row(*numbers, str(row["tensors"]), str(row["ranks"]), f"{row['took_s']:.2f} s")
+        metrics = " ".join(f"{name}={_number(value)}" for name, value in row["metrics"].items())
+        pin = "" if row["pin"] is None else row["pin"]["note"] or "pinned"
+        shown.add_row(*numbers, str(row["tensors"]), str(row["ranks"]), f"{row['took_s']:.2f} s", metrics, pin)
     console().print(shown)
     if not rows:
         print("no steps yet")
@@ -34,6 +39,7 @@ def steps(root: str) -> list[dict[str, Any]]:
     history = read_history(storage)
     if not history.terms and next(iter(storage.list("")), None) is None:
         raise CheckpointNotFoundError(f"{storage.url}: there is no checkpoint root here")
+    pins = pinned(storage)
     rows = []
     for ref in sorted({*history.visible, *history.abandoned}):
         record = history.record(ref)
@@ -51,6 +57,17 @@ def steps(root: str) -> list[dict[str, Any]]:
                 "fragments": counts.fragments,
                 "ranks": counts.ranks,
                 "versions": dict(record.versions),
+                "metrics": dict(record.metrics),
+                "pin": _pin(storage, ref) if ref in pins else None,
             }
         )
     return rows
+
+
+def _pin(storage: Storage, ref: StepRef) -> dict[str, Any]:
+    found = read_pin(storage, ref)
+    return {"note": found.note, "by": found.by, "time": found.time}
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.6g}"

@@ -90,6 +90,14 @@ class History:
             f"{self.storage.url}/{key}: step {ref.step} of term {ref.term} {how}", key=key, step=ref.step, term=ref.term
         )
 
+    def records(self) -> dict[StepRef, Record]:
+        """All committed steps, live or abandoned. Those that were deleted after the listing are left out."""
+        return {ref: found for ref in self.names if isinstance(found := self._read(ref), Record)}
+
+    def given_up(self, ref: StepRef) -> bool:
+        """Whether a tombstone has the step's name."""
+        return ref in self.names and isinstance(self._read(ref), Tombstone)
+
     def resolve(self, step: int | None) -> Record | None:
         """The record of `step`, or of the newest one; None when the newest is asked for and there is none.
 
@@ -132,7 +140,7 @@ class History:
 
     @cached_property
     def _head(self) -> int | None:
-        """The term whose ancestry is the live history: the highest that has a record, or whose parent is there (P16)."""
+        """The term whose ancestry is the live history: the highest with a record, or whose parent is there (P16)."""
         return next((number for number in reversed(self.terms) if self.begun(number) or self._continues(number)), None)
 
     def _settled(self, known: int) -> bool:

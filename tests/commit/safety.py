@@ -77,7 +77,12 @@ class Safety:
                 return f"{note.actor} acknowledged {note.about}, and its own claim continues from before it"
             if note.event == "finds damage":
                 return f"{note.actor} takes a sound root for a damaged one"
-            if note.event == "finds newest" and isinstance(note.about, tuple) and not note.about[1] and self.acknowledged:
+            if (
+                note.event == "finds newest"
+                and isinstance(note.about, tuple)
+                and not note.about[1]
+                and self.acknowledged
+            ):
                 return f"{note.actor} finds no step in a root that never was without"
         told = {note.about for note in notes if note.event == "acknowledges" and isinstance(note.about, Committed)}
         dropped = {note.about[1] for note in notes if note.event == "drops" and isinstance(note.about, tuple)}
