@@ -19,6 +19,7 @@ import torch
 
 import dscheck
 from dscheck.commit import read_history
+from dscheck.commit.listing import LOOKS
 from dscheck.config import Settings
 from dscheck.errors import (
     CheckpointExistsError,
@@ -31,6 +32,7 @@ from dscheck.load.loader import Decision, Loader, Request
 from dscheck.load.report import LoadReport
 from dscheck.load.wire import open_wire
 from dscheck.manifest.keys import LARGEST
+from dscheck.manifest.record import Record
 from dscheck.ranks import open_ranks
 from dscheck.ranks.base import Ranks
 from dscheck.save.coordinator import Lineage
@@ -167,7 +169,8 @@ class Checkpointer:
 
         Returns the step; None when None was asked and there is none: a fresh run. `only`: names of the state, or dotted
         prefixes, to load alone. `strict=False` loads what there is and reports the rest in `loaded`. Tensors whose
-        dtype differs are refused unless `convert_dtype`. All ranks load the same step or all raise:
+        dtype differs are refused unless `convert_dtype`. Should the newest step be deleted while it is loaded, the load
+        starts again on the newest one of then. All ranks load the same step or all raise:
         CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError, IncompleteCoverError, StateError,
         RankFailureError, DeadlineError. An error after the first byte was placed leaves the state unusable: `save`
         refuses until a load succeeds.
@@ -175,28 +178,46 @@ class Checkpointer:
         self._refuse_closed("load")
         self._fences.fence()
         self._saver.drain()
-        self._loads += 1
-        loader = Loader(self.storage, self._ranks, self.settings, self._live, self._loads, self._wire)
+        loader = self._new_loader()
         try:
             request = _request(step, only, strict, convert_dtype)
         except ConfigError as error:
             loader.refuse("decide", error)
             raise
-        decision = loader.decide(request)
-        if decision.record is None:
+        decision, record = self._load(loader, request)
+        if record is None:
             return None
-        try:
-            self.loaded = loader.run(request, decision.record)
-        except BaseException as error:
-            if loader.touched:
-                self._unusable = f"the load of step {decision.record.step} failed half way: {error}"
-                self._mixed = None if self._mixed is None or request.only is None else self._mixed | {*request.only}
-            raise
         if request.only is None or (self._mixed is not None and self._mixed <= {*request.only}):
             self._unusable, self._mixed = None, frozenset()
-        self._ledger.restart(decision.record.step)
-        self._saver.continue_from(_lineage(decision, (decision.record.term, decision.record.step)))
-        return decision.record.step
+        self._ledger.restart(record.step)
+        self._saver.continue_from(_lineage(decision, (record.term, record.step)))
+        return record.step
+
+    def _new_loader(self) -> Loader:
+        self._loads += 1
+        return Loader(self.storage, self._ranks, self.settings, self._live, self._loads, self._wire)
+
+    def _load(self, loader: Loader, request: Request) -> tuple[Decision, Record | None]:
+        """What was decided and loaded: the newest step of then, should the one before it vanish. On all ranks alike."""
+        vanished: DscheckError | None = None
+        for _ in range(LOOKS):
+            decision = loader.decide(request)
+            if decision.record is None:
+                break
+            try:
+                self.loaded = loader.run(request, decision.record)
+                return decision, decision.record
+            except BaseException as error:
+                if loader.touched:
+                    self._unusable = f"the load of step {decision.record.step} failed half way: {error}"
+                    self._mixed = None if self._mixed is None or request.only is None else self._mixed | {*request.only}
+                if not loader.vanished or request.step is not None or not isinstance(error, DscheckError):
+                    raise
+                log.warning("%s; loading the newest step of now instead", error)
+                vanished, loader = error, self._new_loader()
+        if vanished is not None:
+            raise vanished
+        return decision, None
 
     def steps(self) -> list[int]:
         """The committed steps of the live history, ascending, as the storage shows them now. Not collective."""

@@ -8,6 +8,7 @@
     ├── StateMismatchError(ValueError)          the checkpoint holds another model than the live state
     ├── StorageError(OSError)                   the storage failed, after whatever retries it was given
     ├── CheckpointNotFoundError(FileNotFoundError)   no such root, step or tensor
+    │   └── StepVanishedError                   the step was deleted while it was loaded
     ├── CheckpointExistsError(FileExistsError)  the root has commits and nothing was loaded from it
     ├── CorruptCheckpointError                  bytes that contradict their checksum, digest or declared sizes
     │   └── UnsupportedFormatError              written by a version that this one does not understand
@@ -72,6 +73,10 @@ class StorageError(DscheckError, OSError):
 
 class CheckpointNotFoundError(DscheckError, FileNotFoundError):
     """No such root, step, tensor or object."""
+
+
+class StepVanishedError(CheckpointNotFoundError):
+    """The step was deleted while it was loaded. `step` and `term` name it."""
 
 
 class CheckpointExistsError(DscheckError, FileExistsError):

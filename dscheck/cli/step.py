@@ -29,7 +29,13 @@ def named_step(history: History, name: str) -> Record:
     if numbers is None:
         raise ConfigError(f"{name!r} is no step: write 300, or 300-2 for step 300 of term 2")
     if "-" in name:
-        return history.record(StepRef(*numbers))
+        ref = StepRef(*numbers)
+        if ref not in history.names:
+            raise CheckpointNotFoundError(
+                f"{history.storage.url}: there is no step {ref.step} of term {ref.term}"
+                f"{', it was deleted' if ref in history.deleted else ''}: `dscheck ls` shows what there is"
+            )
+        return history.record(ref)
     record = history.resolve(numbers[0])
     assert record is not None, "only the newest may not be there"
     return record
