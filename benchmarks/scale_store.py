@@ -22,6 +22,7 @@ from dscheck.ranks.message import pack, unpack
 from dscheck.ranks.store import StoreBoard, StoreRanks, host_store
 from dscheck.save.claims import Claim, RankClaims
 from dscheck.save.coordinator import Coordinator, pack_row
+from dscheck.save.retainer import Retainer
 from dscheck.storage.memory import MemoryStorage
 
 SAVES = 4
@@ -35,7 +36,7 @@ class Job:
     def __init__(self, size: int) -> None:
         self.size = size
         self.storage = MemoryStorage()
-        self.coordinator = Coordinator(self.storage, Settings(), {})
+        self.coordinator = Coordinator(self.storage, Settings(), {}, Retainer(self.storage, None))
         self.sent = [[0, 0] for _ in range(SAVES)]
         self.answered = [[0, 0] for _ in range(SAVES)]
         self.spent = [[0.0, 0.0] for _ in range(SAVES)]

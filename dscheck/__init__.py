@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dscheck.config import Keep
 from dscheck.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -22,6 +23,7 @@ from dscheck.errors import (
     SaveSkippedError,
     StateError,
     StateMismatchError,
+    StepVanishedError,
     StorageError,
     SupersededError,
     TornSnapshotError,
@@ -44,6 +46,7 @@ __all__ = [
     "DeadlineError",
     "DscheckError",
     "IncompleteCoverError",
+    "Keep",
     "LayoutError",
     "LoadReport",
     "NoConditionError",
@@ -54,6 +57,7 @@ __all__ = [
     "Sharded",
     "StateError",
     "StateMismatchError",
+    "StepVanishedError",
     "StorageError",
     "SupersededError",
     "TornSnapshotError",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import numbers
 import os
 import platform
 import threading
@@ -17,6 +19,7 @@ import torch
 
 import dscheck
 from dscheck.commit import read_history
+from dscheck.commit.listing import LOOKS
 from dscheck.config import Settings
 from dscheck.errors import (
     CheckpointExistsError,
@@ -29,11 +32,13 @@ from dscheck.load.loader import Decision, Loader, Request
 from dscheck.load.report import LoadReport
 from dscheck.load.wire import open_wire
 from dscheck.manifest.keys import LARGEST
+from dscheck.manifest.record import Record
 from dscheck.ranks import open_ranks
 from dscheck.ranks.base import Ranks
 from dscheck.save.coordinator import Lineage
 from dscheck.save.handle import SaveHandle, SaveStats
 from dscheck.save.ledger import Ledger
+from dscheck.save.retainer import RetentionStats
 from dscheck.save.saver import Saver
 from dscheck.snapshot import Fences
 from dscheck.state import LiveState
@@ -44,7 +49,10 @@ from dscheck.tuning import tuned
 
 log = logging.getLogger("dscheck")
 
-__all__ = ["Checkpointer", "LoadReport", "SaveHandle", "SaveStats"]
+__all__ = ["Checkpointer", "LoadReport", "RetentionStats", "SaveHandle", "SaveStats"]
+
+MOST_METRICS, LONGEST_METRIC = 100, 100
+"""Metrics of one save, and characters of a name: a record is one small read."""
 
 
 class Checkpointer:
@@ -109,13 +117,17 @@ class Checkpointer:
     ) -> None:
         self.close(abort=error is not None)
 
-    def save(self, step: int) -> SaveHandle:
+    def save(self, step: int, metrics: Mapping[str, float] | None = None) -> SaveHandle:
         """Start to save the state of this moment as `step`, and return at once.
+
+        `metrics` are numbers by name that the step's record carries, for `Keep(by=...)` and `dscheck ls`; those of
+        rank 0 count.
 
         Earlier saves may still be under way. It waits for them only where the capture finds no room, or where the ranks
         have not agreed yet on a plan for a state of this structure; the handle's statistics say how long.
         Raises what is wrong with the call or the state, before anything is captured, and then tells the other ranks:
-        ConfigError (a step that does not exceed the last one, those under way included), StateError (what cannot be
+        ConfigError (a step that does not exceed the last one, those under way included; metrics that are no numbers),
+        StateError (what cannot be
         stored plainly, by path), CheckpointExistsError, UnusableStateError; with `on_failure="raise"` also the first
         error of an earlier save that was not raised yet. Any later fault shows on the handle and in a warning, and
         leaves the last committed step as it was (C8).
@@ -125,11 +137,11 @@ class Checkpointer:
                 f"save({step!r}) while another thread is in save(): call it from the training thread alone"
             )
         try:
-            return self._save(step)
+            return self._save(step, metrics)
         finally:
             self._saving.release()
 
-    def _save(self, step: int) -> SaveHandle:
+    def _save(self, step: int, metrics: Mapping[str, float] | None) -> SaveHandle:
         began = time.monotonic()
         self._refuse_closed("save")
         self._saver.tidy()
@@ -137,13 +149,14 @@ class Checkpointer:
             return self._saver.decline(step, self._saver.superseded)
         try:
             self._check_step(step)
+            checked = _metrics(metrics)
             self._raise_untold()
             flat = self._live.flatten()
             self._watch(flat)
         except Exception as error:
             self._saver.refuse(step, error)
             raise
-        handle = self._saver.save(step, flat, began)
+        handle = self._saver.save(step, flat, began, checked)
         self._ledger.add(handle)
         return handle
 
@@ -158,7 +171,8 @@ class Checkpointer:
 
         Returns the step; None when None was asked and there is none: a fresh run. `only`: names of the state, or dotted
         prefixes, to load alone. `strict=False` loads what there is and reports the rest in `loaded`. Tensors whose
-        dtype differs are refused unless `convert_dtype`. All ranks load the same step or all raise:
+        dtype differs are refused unless `convert_dtype`. Should the newest step be deleted while it is loaded, the load
+        starts again on the newest one of then. All ranks load the same step or all raise:
         CheckpointNotFoundError, CorruptCheckpointError, StateMismatchError, IncompleteCoverError, StateError,
         RankFailureError, DeadlineError. An error after the first byte was placed leaves the state unusable: `save`
         refuses until a load succeeds.
@@ -166,28 +180,46 @@ class Checkpointer:
         self._refuse_closed("load")
         self._fences.fence()
         self._saver.drain()
-        self._loads += 1
-        loader = Loader(self.storage, self._ranks, self.settings, self._live, self._loads, self._wire)
+        loader = self._new_loader()
         try:
             request = _request(step, only, strict, convert_dtype)
         except ConfigError as error:
             loader.refuse("decide", error)
             raise
-        decision = loader.decide(request)
-        if decision.record is None:
+        decision, record = self._load(loader, request)
+        if record is None:
             return None
-        try:
-            self.loaded = loader.run(request, decision.record)
-        except BaseException as error:
-            if loader.touched:
-                self._unusable = f"the load of step {decision.record.step} failed half way: {error}"
-                self._mixed = None if self._mixed is None or request.only is None else self._mixed | {*request.only}
-            raise
         if request.only is None or (self._mixed is not None and self._mixed <= {*request.only}):
             self._unusable, self._mixed = None, frozenset()
-        self._ledger.restart(decision.record.step)
-        self._saver.continue_from(_lineage(decision, (decision.record.term, decision.record.step)))
-        return decision.record.step
+        self._ledger.restart(record.step)
+        self._saver.continue_from(_lineage(decision, (record.term, record.step)))
+        return record.step
+
+    def _new_loader(self) -> Loader:
+        self._loads += 1
+        return Loader(self.storage, self._ranks, self.settings, self._live, self._loads, self._wire)
+
+    def _load(self, loader: Loader, request: Request) -> tuple[Decision, Record | None]:
+        """What was decided and loaded: the newest step of then, should the one before it vanish. On all ranks alike."""
+        vanished: DscheckError | None = None
+        for _ in range(LOOKS):
+            decision = loader.decide(request)
+            if decision.record is None:
+                break
+            try:
+                self.loaded = loader.run(request, decision.record)
+                return decision, decision.record
+            except BaseException as error:
+                if loader.touched:
+                    self._unusable = f"the load of step {decision.record.step} failed half way: {error}"
+                    self._mixed = None if self._mixed is None or request.only is None else self._mixed | {*request.only}
+                if not loader.vanished or request.step is not None or not isinstance(error, DscheckError):
+                    raise
+                log.warning("%s; loading the newest step of now instead", error)
+                vanished, loader = error, self._new_loader()
+        if vanished is not None:
+            raise vanished
+        return decision, None
 
     def steps(self) -> list[int]:
         """The committed steps of the live history, ascending, as the storage shows them now. Not collective."""
@@ -197,6 +229,11 @@ class Checkpointer:
         """The newest committed step, or None. Not collective."""
         newest = read_history(self.storage).newest
         return None if newest is None else newest.step
+
+    @property
+    def retention(self) -> RetentionStats:
+        """What `keep` has deleted so far, and what went wrong; on rank 0, elsewhere nothing."""
+        return self._saver.retainer.stats
 
     def fence(self) -> None:
         """Return when the state may be changed by other means than an optimizer step: EMA swaps, clamping,
@@ -279,6 +316,24 @@ class Checkpointer:
 def _check_number(step: Any) -> None:
     if type(step) is not int or not 0 <= step <= LARGEST:
         raise ConfigError(f"step {step!r}: expected an int from 0 to {LARGEST}")
+
+
+def _metrics(given: Any) -> dict[str, float | None]:
+    """The numbers by name, None for what is not finite. Raises ConfigError."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or len(given) > MOST_METRICS:
+        raise ConfigError(
+            f"metrics={given!r}: expected at most {MOST_METRICS} numbers by name, such as {{'loss': 0.3}}"
+        )
+    for name, value in given.items():
+        if type(name) is not str or not 0 < len(name) <= LONGEST_METRIC:
+            raise ConfigError(f"metrics: the name {name!r}: expected a text of 1 to {LONGEST_METRIC} characters")
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise ConfigError(
+                f"metrics: {name}={value!r}: expected a number (`.item()` of a tensor waits for its device)"
+            )
+    return {name: float(value) if math.isfinite(value) else None for name, value in given.items()}
 
 
 def _request(step: int | None, only: Sequence[str] | None, strict: bool, convert_dtype: bool) -> Request:

@@ -13,9 +13,40 @@ Replicas = Literal["equal", "first"]
 Commit = Literal["put-if-absent", "single-writer"]
 Auto = Literal["auto"]
 
+Mode = Literal["min", "max"]
+
 MIB = 1 << 20
 LONGEST_S = 10_000_000
 """Some months: what every clock and wait of the platform can count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Which committed steps a job keeps; the others it deletes in the background. Pinned steps stay in any case.
+
+    last: the newest so many, at least 1. every: those that it divides, such as 1000. best: so many whose metric `by` is
+    the least ("min") or greatest ("max"); of equal ones the newer. Steps without that metric are not among them.
+    Raises ConfigError.
+    """
+
+    last: int = 1
+    every: int | None = None
+    best: int = 0
+    by: str | None = None
+    mode: Mode = "min"
+
+    def __post_init__(self) -> None:
+        for name, least in (("last", 1), ("every", 1), ("best", 0)):
+            value = getattr(self, name)
+            if not (name == "every" and value is None) and (type(value) is not int or value < least):
+                raise ConfigError(f"keep: {name}={value!r}: expected an int, at least {least}")
+        if self.by is not None and (type(self.by) is not str or not self.by):
+            raise ConfigError(f"keep: by={self.by!r}: expected the name of a metric that save() is given")
+        if (self.best > 0) != (self.by is not None):
+            raise ConfigError(f"keep: best={self.best}, by={self.by!r}: give both, such as Keep(best=2, by='loss')")
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"keep: mode={self.mode!r}: expected one of {get_args(Mode)}")
+
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "timeout_s": (int, float),
@@ -23,6 +54,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "on_failure": (str,),
     "replicas": (str,),
     "commit": (str,),
+    "keep": (int, Keep, type(None)),
     "fresh": (bool,),
     "rng": (bool,),
     "block_bytes": (int,),
@@ -53,6 +85,8 @@ class Settings:
     replicas: ranks claim one plain tensor: "equal" refuses them when they differ, "first" takes the lowest rank's.
     commit: "put-if-absent", or "single-writer" for a store without that condition, where only one job at a time may
     write: docs/commit.md P26 to P29 say what it does not promise.
+    keep: which steps stay, a `Keep`, a number of last steps, or None for all; the others are deleted in the background
+    after a commit.
     fresh: start a new history in a root that has commits, instead of refusing to save before a load.
     rng: capture and restore the random generators of Python, NumPy and torch.
     block_bytes: length of a checksummed block, the unit of reading; a power of two, 4 KiB to 64 MiB.
@@ -76,6 +110,7 @@ class Settings:
     on_failure: OnFailure = "warn"
     replicas: Replicas = "equal"
     commit: Commit = "put-if-absent"
+    keep: Keep | int | None = None
     fresh: bool = False
     rng: bool = True
     block_bytes: int = 256 << 10
@@ -98,6 +133,8 @@ class Settings:
             if type(getattr(self, name)) not in kinds:
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}")
+        if type(self.keep) is int and self.keep < 1:
+            raise ConfigError(f"keep={self.keep!r}: expected at least 1, or None to delete nothing")
         if not 0 < self.timeout_s <= LONGEST_S:
             raise ConfigError(f"timeout_s={self.timeout_s!r}: expected seconds, more than 0 and at most {LONGEST_S}")
         choices_of = {"when_busy": WhenBusy, "on_failure": OnFailure, "replicas": Replicas, "commit": Commit}
@@ -114,6 +151,11 @@ class Settings:
             _check_budget(name, getattr(self, name), least)
         if self.trace == "":
             raise ConfigError("trace='': expected the path of a folder, or None")
+
+    @property
+    def kept(self) -> Keep | None:
+        """`keep` as a Keep."""
+        return Keep(last=self.keep) if isinstance(self.keep, int) else self.keep
 
 
 def _check_budget(name: str, value: int | str, least: int) -> None:

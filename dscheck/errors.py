@@ -9,6 +9,7 @@
     ├── StorageError(OSError)                   the storage failed, after whatever retries it was given
     │   └── NoConditionError                    the store cannot create an object only where there is none
     ├── CheckpointNotFoundError(FileNotFoundError)   no such root, step or tensor
+    │   └── StepVanishedError                   the step was deleted while it was loaded
     ├── CheckpointExistsError(FileExistsError)  the root has commits and nothing was loaded from it
     ├── CorruptCheckpointError                  bytes that contradict their checksum, digest or declared sizes
     │   └── UnsupportedFormatError              written by a version that this one does not understand
@@ -77,6 +78,10 @@ class NoConditionError(StorageError):
 
 class CheckpointNotFoundError(DscheckError, FileNotFoundError):
     """No such root, step, tensor or object."""
+
+
+class StepVanishedError(CheckpointNotFoundError):
+    """The step was deleted while it was loaded. `step` and `term` name it."""
 
 
 class CheckpointExistsError(DscheckError, FileExistsError):

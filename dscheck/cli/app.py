@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="dscheck",
-    help="Look at checkpoints: which steps there are, what is in them, and whether every byte is what it should be.",
+    help="Look at checkpoints, prove that every byte is what it should be, and delete what is not needed any more.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,6 +31,7 @@ Options = Annotated[
     ),
 ]
 Step = Annotated[int | None, typer.Argument(help="The step; the newest committed one by default.", show_default=False)]
+NAMED = "A step, such as 300; one that is abandoned with its term, such as 300-2."
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -111,6 +112,54 @@ def _opened(root: str, options: str | None) -> Storage:
     except ValueError:
         raise ConfigError("--storage-options, or DSCHECK_STORAGE_OPTIONS: expected a JSON object") from None
     return open_storage(root, parsed)
+
+
+@app.command()
+def gc(
+    root: Root,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    abandoned: Annotated[
+        bool, typer.Option("--abandoned", help="Also delete steps outside the live history that are not pinned.")
+    ] = False,
+    safe_age_h: Annotated[
+        float, typer.Option(min=0, help="Hours after which an unfinished upload or temporary file has no writer.")
+    ] = 24.0,
+    json: Json = False,
+    options: Options = None,
+) -> None:
+    """Delete what no step needs: attempts that failed, remains of deleted steps, plans that no step names."""
+    from dscheck.cli.gc import show
+
+    show(_opened(root, options), dry_run, abandoned, safe_age_h, json)
+
+
+@app.command()
+def rm(
+    root: Root,
+    steps: Annotated[list[str], typer.Argument(metavar="STEP...", help=NAMED, show_default=False)],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Also pinned steps, and the newest one.")] = False,
+    json: Json = False,
+    options: Options = None,
+) -> None:
+    """Delete steps."""
+    from dscheck.cli.rm import show
+
+    show(_opened(root, options), steps, yes, force, json)
+
+
+@app.command()
+def pin(
+    root: Root,
+    step: Annotated[str, typer.Argument(help=NAMED, show_default=False)],
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the pin.")] = False,
+    note: Annotated[str, typer.Option(help="Why the step is kept.")] = "",
+    options: Options = None,
+) -> None:
+    """Keep a step whatever `keep`, `gc` and `rm` say."""
+    from dscheck.cli.pin import show
+
+    show(_opened(root, options), step, remove, note)
 
 
 def main() -> None:

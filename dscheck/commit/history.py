@@ -10,9 +10,11 @@ from functools import cached_property
 from dscheck.commit.listing import (
     LOOKS,
     Changed,
+    Names,
     StepRef,
     list_records,
     list_terms,
+    read_deletion,
     read_step,
     unsteady,
 )
@@ -25,13 +27,15 @@ from dscheck.storage.base import Storage
 
 @dataclass(frozen=True)
 class History:
-    """What a root held when it was listed. `names`: of all records, of which some may turn out to be tombstones.
+    """What a root held when it was listed. `names`: of all records that are not deleted; some may be tombstones.
 
-    `newest_term` is the highest claimed term, 0 for none. Terms and records are read when asked for, each once.
+    `deleted`: the steps that were deleted before. `newest_term` is the highest claimed term, 0 for none. Terms and
+    records are read when asked for, each once.
     """
 
     storage: Storage
     names: frozenset[StepRef]
+    deleted: frozenset[StepRef]
     newest_term: int
     _claims: dict[int, Term] = field(default_factory=dict, repr=False, compare=False)
     _found: dict[StepRef, Record | Tombstone | None] = field(default_factory=dict, repr=False, compare=False)
@@ -78,10 +82,21 @@ class History:
         if isinstance(found, Record):
             return found
         key = record_key(ref.step, ref.term)
-        how = "was never committed: gc gave it up" if found else "vanished: it was deleted after the root was listed"
+        deletion = None if found else read_deletion(self.storage, ref)
+        how = "was never committed: gc gave it up" if found else "vanished after the root was listed"
+        if deletion is not None:
+            how = f"was deleted meanwhile ({deletion.by})"
         raise CheckpointNotFoundError(
             f"{self.storage.url}/{key}: step {ref.step} of term {ref.term} {how}", key=key, step=ref.step, term=ref.term
         )
+
+    def records(self) -> dict[StepRef, Record]:
+        """All committed steps, live or abandoned. Those that were deleted after the listing are left out."""
+        return {ref: found for ref in self.names if isinstance(found := self._read(ref), Record)}
+
+    def given_up(self, ref: StepRef) -> bool:
+        """Whether a tombstone has the step's name."""
+        return ref in self.names and isinstance(self._read(ref), Tombstone)
 
     def resolve(self, step: int | None) -> Record | None:
         """The record of `step`, or of the newest one; None when the newest is asked for and there is none.
@@ -90,9 +105,9 @@ class History:
         CorruptCheckpointError when the record is not of the job that claimed its term.
         """
         ref = self.newest if step is None else self._live(step)
-        if ref is None and step is None:
-            return None
         if ref is None:
+            if step is None:
+                return None
             raise self._no_such(step)
         record, term = self.record(ref), self.claim(ref.term)
         if record.term_id != term.id:
@@ -108,12 +123,13 @@ class History:
         """The step of the live history with that number, without reading the records of the others."""
         return next((ref for ref in self._live_names() if ref.step == step and self._exists(ref)), None)
 
-    def _no_such(self, step: int | None) -> CheckpointNotFoundError:
-        assert step is not None
+    def _no_such(self, step: int) -> CheckpointNotFoundError:
         holder = next((ref for ref in reversed(self.abandoned) if ref.step == step), None)
         if holder is None:
+            deleted = any(ref.step == step for ref in self.deleted)
+            what = f"step {step} was deleted" if deleted else f"there is no step {step}"
             return CheckpointNotFoundError(
-                f"{self.storage.url}: there is no step {step}; committed are {_near(step, self.visible)}", step=step
+                f"{self.storage.url}: {what}; committed are {_near(step, self.visible)}", step=step
             )
         return CheckpointNotFoundError(
             f"{self.storage.url}: step {step} was committed by term {holder.term}, on a branch that was abandoned when "
@@ -124,30 +140,36 @@ class History:
 
     @cached_property
     def _head(self) -> int | None:
-        """The term whose ancestry is the live history: the newest, but for those without parent and record (P16)."""
-        for number in reversed(self.terms):
-            if any(self._still(ref) for ref in self._by_term.get(number, ())) or self.claim(number).parent is not None:
-                return number
-        return None
+        """The term whose ancestry is the live history: the highest with a record, or whose parent is there (P16)."""
+        return next((number for number in reversed(self.terms) if self.begun(number) or self._continues(number)), None)
 
     def _settled(self, known: int) -> bool:
-        """Whether `newest` is what the root said at one time. `known`: a term that was claimed before the listing.
+        """Whether no claim was passed over that came after the records were listed. `known`: a term claimed before.
 
-        A claim that came after the records were listed may continue from one that came after, too: then it looks gone,
-        and what is left is neither old nor new. Raises Changed.
+        The step that such a claim continues from may be younger than the listing, too: then it looks deleted. Raises
+        Changed.
         """
-        newest, head = self.newest, self._head
-        if head is None or head <= known or (newest and newest.term == head):
-            return True
-        parent = self.claim(head).parent
-        assert parent is not None, "a term without a record counts by its parent"
-        return StepRef(parent[1], parent[0]) in self.names
+        passed_over = range(max(known, self._head or 0) + 1, self.newest_term + 1)
+        return all(self.claim(number).parent is None for number in passed_over)
+
+    def begun(self, number: int) -> bool:
+        """Whether a term has a step of its own."""
+        return any(self._still(ref) for ref in self._by_term.get(number, ()))
+
+    def _continues(self, number: int) -> bool:
+        """Whether the step that a term continues from is there."""
+        parent = self.claim(number).parent
+        if parent is None:
+            return False
+        ref = StepRef(parent[1], parent[0])
+        return ref in self.names and self._still(ref)
 
     def _live_names(self) -> Iterator[StepRef]:
-        """The names of the live history, by descending term and step: of each parent those up to the one resumed
-        from.
-        """
-        number = self._head
+        """The names of the live history, by descending term and step."""
+        return self.names_from(self._head)
+
+    def names_from(self, number: int | None) -> Iterator[StepRef]:
+        """The names on the ancestry of a term: of each parent those up to the one resumed from (P17)."""
         limit: int | None = None
         while number is not None:
             yield from (ref for ref in self._by_term.get(number, ()) if limit is None or ref.step <= limit)
@@ -178,28 +200,32 @@ class History:
         return ref.term == self.newest_term or isinstance(self._read(ref), Record)
 
 
-def read_history(storage: Storage) -> History:
+def read_history(storage: Storage, known: History | None = None) -> History:
     """List the root: records first, then terms, so that a record that is seen has its term in the later listing (P14).
 
-    The newest step is known when this returns: the record that it names was there.
+    The newest step is known when this returns: the record that it names was there. What `known` has read of the same
+    root is not read again: no object changes.
 
     Raises CorruptCheckpointError (P19) for a name that is not ours, a gap in the terms, a record without its term,
     and plans or steps without any term; CheckpointNotFoundError when something keeps deleting what is newest (P15).
     """
-    known = 0
+    claims = {} if known is None else known._claims
+    found = {} if known is None else {ref: read for ref, read in known._found.items() if read is not None}
+    seen = 0
     for _ in range(LOOKS):
         names, newest_term = list_records(storage), list_terms(storage)
         _refuse_orphans(storage, names, newest_term)
-        history = History(storage, names, newest_term)
+        history = History(storage, names.steps, names.deleted, newest_term, dict(claims), dict(found))
         with suppress(Changed):
-            if history._settled(known):
+            _ = history.newest
+            if history._settled(seen):
                 return history
-        known = newest_term
+        seen = newest_term
     raise unsteady(storage)
 
 
-def _refuse_orphans(storage: Storage, names: frozenset[StepRef], newest_term: int) -> None:
-    orphan = next((ref for ref in sorted(names) if not 1 <= ref.term <= newest_term), None)
+def _refuse_orphans(storage: Storage, names: Names, newest_term: int) -> None:
+    orphan = next((ref for ref in sorted(names.taken | names.deleted) if not 1 <= ref.term <= newest_term), None)
     if orphan is not None:
         key = record_key(orphan.step, orphan.term)
         raise CorruptCheckpointError(

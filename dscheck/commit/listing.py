@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from dscheck.commit.once import read_if_there
 from dscheck.errors import CheckpointNotFoundError, CorruptCheckpointError
-from dscheck.manifest.keys import parse_record_key, parse_term_key, record_key
-from dscheck.manifest.record import Record, Tombstone, decode_record
+from dscheck.manifest.keys import deletion_key, parse_deletion_key, parse_record_key, parse_term_key, record_key
+from dscheck.manifest.record import Deletion, Record, Tombstone, decode_deletion, decode_record
 from dscheck.storage.base import Storage
 
 
@@ -23,15 +23,30 @@ class Changed(Exception):
     """A record that was listed is gone: the listing is older than a deletion, and cannot be trusted any more (P15)."""
 
 
-def list_records(storage: Storage) -> frozenset[StepRef]:
-    """The names in records/, of which some may turn out to be tombstones. Unknown names are damage (P19)."""
-    found = set()
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What one listing of records/ shows: whose record, or tombstone, has its name; and which steps were deleted."""
+
+    taken: frozenset[StepRef]
+    deleted: frozenset[StepRef]
+
+    @property
+    def steps(self) -> frozenset[StepRef]:
+        """Steps that were committed and not deleted, and tombstones."""
+        return self.taken - self.deleted
+
+
+def list_records(storage: Storage) -> Names:
+    """The names in records/. Unknown ones are damage (P19)."""
+    taken, deleted = set(), set()
     for entry in storage.list("records/"):
-        numbers = parse_record_key(entry.key)
-        if numbers is None:
-            raise _unknown(storage, entry.key)
-        found.add(StepRef(*numbers))
-    return frozenset(found)
+        if (numbers := parse_record_key(entry.key)) is not None:
+            taken.add(StepRef(*numbers))
+        elif (numbers := parse_deletion_key(entry.key)) is not None:
+            deleted.add(StepRef(*numbers))
+        else:
+            raise unknown(storage, entry.key)
+    return Names(frozenset(taken), frozenset(deleted))
 
 
 def list_terms(storage: Storage) -> int:
@@ -40,7 +55,7 @@ def list_terms(storage: Storage) -> int:
     for entry in storage.list("terms/"):
         term = parse_term_key(entry.key)
         if term is None:
-            raise _unknown(storage, entry.key)
+            raise unknown(storage, entry.key)
         found.add(term)
     newest = max(found, default=0)
     missing = next((term for term in range(1, newest + 1) if term not in found), None)
@@ -61,6 +76,13 @@ def read_step(storage: Storage, ref: StepRef) -> Record | Tombstone | None:
     return None if stored is None else decode_record(stored, key)
 
 
+def read_deletion(storage: Storage, ref: StepRef) -> Deletion | None:
+    """That the step was deleted, None when it was not."""
+    key = deletion_key(ref.step, ref.term)
+    stored = read_if_there(storage, key)
+    return None if stored is None else decode_deletion(stored, key)
+
+
 LOOKS = 8
 """Each look that fails met a deletion or a claim between its LIST and its reads: many in a row are a fault."""
 
@@ -72,7 +94,7 @@ def unsteady(storage: Storage) -> CheckpointNotFoundError:
     )
 
 
-def _unknown(storage: Storage, key: str) -> CorruptCheckpointError:
+def unknown(storage: Storage, key: str) -> CorruptCheckpointError:
     return CorruptCheckpointError(
         f"{storage.url}/{key}: dscheck writes no object of this name; it may be of a newer version, or not belong "
         "there: update dscheck, or move it away",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from dscheck.commit.listing import StepRef, read_step
+from dscheck.commit.listing import StepRef, read_deletion, read_step
 from dscheck.commit.once import put_once
 from dscheck.commit.term import confirm, refuse_newer
 from dscheck.errors import ConfigError, CorruptCheckpointError, StorageError, SupersededError
@@ -86,7 +86,8 @@ def await_record(
 ) -> bool:
     """Whether the attempt `identity` committed after all: for a rank without an answer (C7).
 
-    Reads at once, then every `poll_s` seconds until `deadline` on time.monotonic() (the default: once).
+    Reads at once, then every `poll_s` seconds until `deadline` on time.monotonic() (the default: once). A step that has
+    been deleted since was committed.
     Raises SupersededError for a tombstone; CorruptCheckpointError when another attempt has the name.
     """
     while True:
@@ -95,7 +96,8 @@ def await_record(
             break
         time.sleep(poll_s)
     if found is None:
-        return False
+        deletion = read_deletion(storage, StepRef(step, term))
+        return deletion is not None and deletion.id == identity
     if isinstance(found, Tombstone):
         raise _given_up(storage, found)
     if found.id != identity:

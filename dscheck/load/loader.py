@@ -13,8 +13,17 @@ import torch
 
 from dscheck.commit import read_history
 from dscheck.commit.contents import Contents
+from dscheck.commit.listing import StepRef, read_deletion, read_step
 from dscheck.config import Settings
-from dscheck.errors import ConfigError, DscheckError, StateMismatchError
+from dscheck.errors import (
+    CheckpointNotFoundError,
+    ConfigError,
+    DscheckError,
+    RankFailureError,
+    StateMismatchError,
+    StepVanishedError,
+    StorageError,
+)
 from dscheck.load.counted import Counted
 from dscheck.load.fill import Filling, Split, split
 from dscheck.load.index import HostIndex
@@ -68,7 +77,11 @@ class _Prepared(NamedTuple):
 
 
 class Loader:
-    """One load on one rank: `decide`, then `run`. `touched` tells whether live memory has been written to."""
+    """One load on one rank: `decide`, then `run`.
+
+    `touched` tells whether live memory has been written to; `vanished`, the same on all ranks once `run` has raised,
+    whether that was because the step was deleted meanwhile.
+    """
 
     def __init__(
         self,
@@ -84,10 +97,11 @@ class Loader:
         self._index, self._wire = Counted(storage), wire
         self._began = self._since = time.monotonic()
         self._phase_s: dict[str, float] = {}
+        self._loading: Record | None = None
         self._next: str | None = "prepared"
         """The round in which the other ranks will wait for this one; None: it has ended, and the load with it."""
         self._deadline = self._began + settings.timeout_s
-        self.touched = False
+        self.touched = self.vanished = False
 
     def look(self) -> Decision:
         """What rank 0 sees in the root, told to all; its record is the newest one. Collective."""
@@ -109,6 +123,7 @@ class Loader:
 
     def run(self, request: Request, record: Record) -> LoadReport:
         """Load `record` into the live state. Collective: returns on all ranks or raises on all."""
+        self._loading = record
         prepared = self._act(lambda: self._prepare(request, record))
         index_read = self._index.nbytes
         answer = self._exchange("prepared", Ok(pack(prepared.restore.unexpected)), _unexpected_everywhere)
@@ -217,9 +232,29 @@ class Loader:
                 self._exchange(self._next, Ok(), _nothing)  # which ends by what that rank says of itself
             raise
         except Exception as error:
+            known = self._explained(error)
             if self._next is not None:
-                self.refuse(self._next, error)
-            raise
+                self.refuse(self._next, known)
+            if known is error:
+                raise
+            raise known from error
+
+    def _explained(self, error: Exception) -> Exception:
+        """What failed because the step is not there any more says so."""
+        if self._loading is None or not isinstance(error, CheckpointNotFoundError | StorageError):
+            return error
+        record, ref = self._loading, StepRef(self._loading.step, self._loading.term)
+        with contextlib.suppress(DscheckError):
+            deletion = read_deletion(self._storage, ref)
+            if deletion is not None or read_step(self._storage, ref) is None:
+                who = "" if deletion is None else f" ({deletion.by})"
+                return StepVanishedError(
+                    f"step {record.step} of term {record.term} was deleted while it was loaded{who}: load the newest "
+                    "step, or another one, and `dscheck pin` what must stay",
+                    step=record.step,
+                    term=record.term,
+                )
+        return error
 
     def _clock(self, phase: str) -> None:
         """What has passed since the last call was `phase`."""
@@ -227,9 +262,13 @@ class Loader:
         self._phase_s[phase], self._since = now - self._since, now
 
     def _exchange(self, phase: str, mine: Ok | Failed, decide: Callable[[Sequence[bytes]], bytes]) -> bytes:
-        return self._ranks.exchange(
-            f"load-{self._number}/{phase}", mine, decide, deadline=self._deadline, phase=f"load ({phase})"
-        )
+        name, said = f"load-{self._number}/{phase}", f"load ({phase})"
+        try:
+            return self._ranks.exchange(name, mine, decide, deadline=self._deadline, phase=said)
+        except RankFailureError as error:
+            # The answer of a round is one for all ranks, the one that failed included.
+            self.vanished = any(text.startswith(f"{StepVanishedError.__name__}: ") for text in error.fields["messages"])
+            raise
 
 
 def _sums(posts: Sequence[bytes]) -> bytes:

@@ -73,6 +73,15 @@ class Fields:
             raise self.corrupt(name, f"is {_short(value)}, an object of strings expected")
         return value
 
+    def numbers(self, name: str) -> dict[str, float | None]:
+        """An object whose members are finite numbers or null."""
+        value = self.get(name)
+        if type(value) is not dict or any(
+            number is not None and type(number) not in (int, float) for number in value.values()
+        ):
+            raise self.corrupt(name, f"is {_short(value)}, an object of numbers expected")
+        return {key: None if number is None else float(number) for key, number in value.items()}
+
     def sha256(self, name: str) -> str:
         """64 lower-case hex digits."""
         value = self.text(name)

@@ -1,13 +1,13 @@
-"""Terms, records and tombstones: the small sealed objects that decide which steps exist (C1, C2, C15)."""
+"""Terms, records, tombstones, deletions, pins: the small sealed objects that decide which steps exist (C1, C2, C15)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dscheck.manifest.fields import VERSION, Fields
-from dscheck.manifest.keys import parse_record_key, parse_term_key
+from dscheck.manifest.keys import parse_deletion_key, parse_pin_key, parse_record_key, parse_term_key
 from dscheck.manifest.text import seal, unseal
 
 
@@ -54,6 +54,7 @@ class Record:
     """That step `step` exists, as the job of term `term` wrote it. `id` is this attempt's own: it tells a lost answer.
 
     `started` and `committed`: seconds since 1970, by the coordinator's clock. `versions`: what wrote it, for people.
+    `metrics`: what the caller measured, by name; None for what was not finite.
     """
 
     step: int
@@ -66,6 +67,7 @@ class Record:
     started: float
     committed: float
     id: str
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         """The text of `records/<step>-<term>.json`."""
@@ -84,6 +86,36 @@ class Tombstone:
     def encode(self) -> bytes:
         """The text of `records/<step>-<term>.json`."""
         return _encode("tombstone", asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """That a committed step was deleted, `by` whom and when. `id` is that of its record, which may be gone by now."""
+
+    step: int
+    term: int
+    id: str
+    by: str
+    time: float
+
+    def encode(self) -> bytes:
+        """The text of `records/<step>-<term>.deleted.json`."""
+        return _encode("deletion", asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """That a step is kept whatever retention says, `by` whom and since when, and why: `note` is for people."""
+
+    step: int
+    term: int
+    note: str
+    by: str
+    time: float
+
+    def encode(self) -> bytes:
+        """The text of `pins/<step>-<term>.json`."""
+        return _encode("pin", asdict(self))
 
 
 def decode_term(data: bytes, key: str) -> Term:
@@ -112,9 +144,31 @@ def decode_record(data: bytes, key: str) -> Record | Tombstone:
         found = Tombstone(fields.count("step"), fields.count("term"), fields.text("by"), fields.number("time"))
     else:
         found = _record(fields)
-    if parse_record_key(key) != (found.step, found.term):
-        raise fields.corrupt("step", f"is {found.step} of term {found.term}, the object's name says another")
+    _compare(fields, (found.step, found.term), parse_record_key(key))
     return found
+
+
+def decode_deletion(data: bytes, key: str) -> Deletion:
+    """The deletion in the object `key`. Raises CorruptCheckpointError, or UnsupportedFormatError."""
+    fields = Fields(unseal(data, key), key)
+    fields.envelope("deletion")
+    numbers = fields.count("step"), fields.count("term")
+    _compare(fields, numbers, parse_deletion_key(key))
+    return Deletion(*numbers, fields.text("id"), fields.text("by"), fields.number("time"))
+
+
+def decode_pin(data: bytes, key: str) -> Pin:
+    """The pin in the object `key`. Raises CorruptCheckpointError, or UnsupportedFormatError."""
+    fields = Fields(unseal(data, key), key)
+    fields.envelope("pin")
+    numbers = fields.count("step"), fields.count("term")
+    _compare(fields, numbers, parse_pin_key(key))
+    return Pin(*numbers, fields.text("note"), fields.text("by"), fields.number("time"))
+
+
+def _compare(fields: Fields, found: tuple[int, int], named: tuple[int, int] | None) -> None:
+    if found != named:
+        raise fields.corrupt("step", f"is {found[0]} of term {found[1]}, the object's name says another")
 
 
 def _record(fields: Fields) -> Record:
@@ -130,6 +184,7 @@ def _record(fields: Fields) -> Record:
         started=fields.number("started"),
         committed=fields.number("committed"),
         id=fields.text("id"),
+        metrics=fields.numbers("metrics"),
     )
 
 

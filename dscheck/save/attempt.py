@@ -64,8 +64,8 @@ class Attempt:
     """One call of `save()` on this rank.
 
     `number` counts the calls and keys the rounds. `error`: it failed in the call; `told`: and was raised there.
-    `coordinator`: of rank 0 at that time. `busy`: it only says that this rank skips. `spans`: of its capture, once it
-    has ended. `planned`: the plan of its round has been answered.
+    `metrics`: for the record; those of rank 0 count. `coordinator`: of rank 0 at that time. `busy`: it only says that
+    this rank skips. `spans`: of its capture, once it has ended. `planned`: the plan of its round has been answered.
     """
 
     number: int
@@ -78,6 +78,7 @@ class Attempt:
     error: Exception | None = None
     told: bool = False
     busy: bool = False
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
     spans: list[Span] = field(default_factory=list)
     exchanging: bool = False
     planned: bool = False

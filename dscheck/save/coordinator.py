@@ -22,6 +22,7 @@ from dscheck.ranks.message import pack, unpack
 from dscheck.save.claims import RankClaims, pack_exceptions
 from dscheck.save.merge import merge
 from dscheck.save.planned import Planned
+from dscheck.save.retainer import Retainer
 from dscheck.save.rivals import Rivals, Samples
 from dscheck.storage.base import Storage
 
@@ -42,6 +43,7 @@ class _Attempt:
     step: int
     id: str
     started: float
+    metrics: dict[str, float | None]
 
 
 class Coordinator:
@@ -50,8 +52,8 @@ class Coordinator:
     Called by the thread of the saves, and for a skip by that of the skip, which changes nothing here.
     """
 
-    def __init__(self, storage: Storage, settings: Settings, versions: Mapping[str, str]) -> None:
-        self._storage, self._settings, self._versions = storage, settings, versions
+    def __init__(self, storage: Storage, settings: Settings, versions: Mapping[str, str], retainer: Retainer) -> None:
+        self._storage, self._settings, self._versions, self._retainer = storage, settings, versions, retainer
         self._lineage = Lineage(0, None, None)
         self._term: Term | None = None
         self._tried: int | None = None
@@ -68,7 +70,7 @@ class Coordinator:
 
         Whatever the old one still does is then in a term that no longer counts.
         """
-        new = Coordinator(self._storage, self._settings, self._versions)
+        new = Coordinator(self._storage, self._settings, self._versions, self._retainer)
         new.continue_from(self._lineage if self._term is None else self._beyond(self._term))
         new._own_claims = set(self._own_claims)
         new._claims, new._digests, new._planned = dict(self._claims), self._digests, self._planned
@@ -98,7 +100,7 @@ class Coordinator:
                 "before the next save; this one is given up"
             )
         self._store_plan(term, planned)
-        self._attempt = _Attempt(step, uuid.uuid4().hex, time.time())
+        self._attempt = _Attempt(step, uuid.uuid4().hex, time.time(), posts[0]["metrics"])
         answer: dict[str, Any] = {"skip": False, "term": term.term, "term_id": term.id, "id": self._attempt.id}
         answer["plan"] = planned.encoded.head.sha256
         if any(post["plan"] != answer["plan"] for post in posts):
@@ -128,9 +130,11 @@ class Coordinator:
             started=attempt.started,
             committed=time.time(),
             id=attempt.id,
+            metrics=attempt.metrics,
         )
         publish(self._storage, record)
         self._committed = attempt.step
+        self._retainer.wake(term)
         return pack({"committed": record.committed})
 
     def _term_for(self, step: int) -> Term:

@@ -19,6 +19,7 @@ from dscheck.save.coordinator import Coordinator, Lineage
 from dscheck.save.handle import GRACE_S, SaveHandle
 from dscheck.save.holdings import Holdings
 from dscheck.save.pipeline import Pipeline
+from dscheck.save.retainer import Retainer
 from dscheck.save.shares import Shares
 from dscheck.save.stages import Standing
 from dscheck.save.trace import TRAINING, Trace
@@ -45,7 +46,8 @@ class Saver:
         self._storage, self._ranks, self._settings, self._fences = storage, ranks, settings, fences
         self._host = socket.gethostname()
         committing = SingleWriter(storage) if settings.commit == "single-writer" else storage
-        self._pipeline = self._new_pipeline(Coordinator(committing, settings, versions), Standing())
+        self.retainer = Retainer(committing, settings.kept)
+        self._pipeline = self._new_pipeline(Coordinator(committing, settings, versions, self.retainer), Standing())
         self._holdings: Holdings | None = None
         self._in_flight: deque[Attempt] = deque()
         self._skips: list[SaveHandle] = []
@@ -67,7 +69,7 @@ class Saver:
         self._pipeline.capturer.window_hint_s = self._fences.window_s
         self._pipeline.capturer.prepare(self._shares(self._holdings_of(flat), flat).plan)
 
-    def save(self, step: int, flat: FlatState, began: float) -> SaveHandle:
+    def save(self, step: int, flat: FlatState, began: float, metrics: Mapping[str, float | None]) -> SaveHandle:
         """Take the moment and hand it to the background; `began`: when the call did, on time.monotonic().
 
         Waits for earlier saves only for a first plan, or for room; with `when_busy="skip"` the step is skipped instead.
@@ -86,6 +88,7 @@ class Saver:
             error = failure
         attempt = self._attempt(step, SaveHandle(step, self._settings.timeout_s))
         attempt.error, attempt.handle.stats.in_flight = error, len(self._in_flight)
+        attempt.metrics = metrics
         span = attempt.trace.open(TRAINING, "save()", began)
         taking = attempt.trace.open(TRAINING, "take the moment", time.monotonic())
         capture = None if shares is None else self._take(attempt, flat, shares)
@@ -138,6 +141,7 @@ class Saver:
             for skip in self._skips:
                 skip.join(max(0.0, skip.deadline - time.monotonic()) + GRACE_S)
         self._pipeline.close(GRACE_S)
+        self.retainer.close(GRACE_S)
 
     def _holdings_of(self, flat: FlatState) -> Holdings:
         known = self._holdings

@@ -81,6 +81,8 @@ class Stages:
         """First round: what this rank holds against the plan, the term and the attempt that it belongs to."""
         moment, capture = attempt.moment, attempt.capture
         post: dict[str, Any] = {"step": attempt.step, "busy": attempt.busy}
+        if self._ranks.rank == 0:
+            post["metrics"] = dict(attempt.metrics)
         if moment is not None and capture is not None:
             shares = moment.shares
             post |= {

@@ -91,6 +91,17 @@ class MayLackCondition(Protocol):
 
 
 @runtime_checkable
+class UnfinishedUploads(Protocol):
+    """What a Storage may offer besides: to find what killed writers have left where no listing shows it."""
+
+    def abort_unfinished(self, prefix: str, older_than_s: float) -> int:
+        """Remove uploads and temporary files of keys that start with `prefix`, begun over `older_than_s` seconds ago.
+
+        Returns their number. Those of writers that live must be younger. Raises StorageError.
+        """
+
+
+@runtime_checkable
 class LocalFiles(Protocol):
     """What a Storage may offer besides: its objects are files of this machine, which native threads read faster."""
 

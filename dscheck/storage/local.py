@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +24,7 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
 # Non-blocking: a FIFO in the place of an object must not hang its reader.
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
+_TEMPORARY = re.compile(r"\.put-[0-9a-f]{32}")
 _OBJECTS = (".json", ".arrow", ".bin")
 
 _ADVICE = {
@@ -130,6 +133,14 @@ class LocalStorage:
             with suppress(FileNotFoundError):
                 os.unlink(path)
             sync_directory(os.path.dirname(path))
+
+    def abort_unfinished(self, prefix: str, older_than_s: float) -> int:
+        """Also removes directories below the prefix that have been empty for as long: deletions leave them behind."""
+        check_prefix(self.url, prefix)
+        folder = os.path.join(self.root, prefix.rpartition("/")[0])
+        with self._reporting("clean up", prefix):
+            self._directories.check(folder.rstrip("/"))
+            return _remove_unfinished(folder, time.time() - older_than_s)
 
     def _check_progress(self, key: str, offset: int, stop: int, count: int) -> None:
         """Raises CorruptCheckpointError when a read met the end: the file has shrunk since its size was asked."""
@@ -297,6 +308,22 @@ def _same_file(one: str, other: str) -> bool:
         return os.path.samestat(os.lstat(one), os.lstat(other))
     except OSError:
         return False
+
+
+def _remove_unfinished(root: str, before: float) -> int:
+    """Temporary files below `root` that are older are gone, and empty directories too; the number of the files."""
+    count = 0
+    for folder, _, names in os.walk(root, topdown=False):
+        for name in filter(_TEMPORARY.fullmatch, names):
+            path = os.path.join(folder, name)
+            with suppress(FileNotFoundError):  # its writer, or another clean-up, was faster
+                if os.lstat(path).st_mtime < before:
+                    os.unlink(path)
+                    count += 1
+        if folder != root and os.lstat(folder).st_mtime < before:
+            with suppress(OSError):  # it is not empty, or somebody was faster
+                os.rmdir(folder)
+    return count
 
 
 def _walk(path: str, base: str, prefix: str) -> Iterator[Entry]:

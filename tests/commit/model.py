@@ -1,8 +1,9 @@
 """The commit protocol of docs/commit.md as actors over one storage, with a switch for all that might be left out.
 
-Keys: ("term", n) -> Claim, ("plan", term, name), ("data", term, step), ("files", term, step) and ("record", term, step)
--> Committed or TOMBSTONE. One data object stands for those of all ranks. A listing with the reads that follow it is one
-step here: terms are never deleted, and a record that is gone when it is read makes the reader list again.
+Keys: ("term", n) -> Claim, ("plan", term, name), ("data", term, step), ("files", term, step), ("record", term, step)
+-> Committed or TOMBSTONE, and ("deleted", term, step), beside which a record counts for nothing. One data object stands
+for those of all ranks. A listing with the reads that follow it is one step here: terms are never deleted, and a record
+that is gone when it is read makes the reader list again.
 """
 
 from __future__ import annotations
@@ -56,15 +57,20 @@ class Rules:
     missing_parent_looked_for: bool = True
     claim_counts_at_once: bool = True
     fresh_claim_hides_nothing: bool = True
+    claim_of_a_deleted_step_hides_nothing: bool = True
     highest_term_wins: bool = True
     parents_cut_at_resume: bool = True
+    # Deleting what was committed
+    retention_after_commit: bool = True
+    retention_keeps_the_newest: bool = True
+    retention_of_the_newest_term_only: bool = True
+    deletion_marked_first: bool = True
     # gc
     gc_older_terms_only: bool = True
     gc_tombstones: bool = True
     gc_stops_in_doubt: bool = True
     gc_keeps_what_a_fresh_start_hides: bool = True
-    gc_record_before_data: bool = True
-    gc_buries_deleted_records: bool = True
+    gc_waits_for_a_first_record: bool = True
     gc_keeps_tombstones: bool = True
     gc_keeps_named_plans: bool = True
 
@@ -73,7 +79,8 @@ RIGHT = Rules()
 
 
 def committed(store: Store) -> frozenset[Committed]:
-    return frozenset(value for key, value in store.items() if key[0] == "record" and value != TOMBSTONE)
+    found = (value for key, value in store.items() if key[0] == "record" and value != TOMBSTONE)
+    return frozenset(record for record in found if ("deleted", record.term, record.step) not in store)
 
 
 def record_names(store: Store) -> frozenset[tuple[int, int]]:
@@ -86,6 +93,12 @@ def claims(store: Store) -> frozenset[tuple[int, Claim]]:
 
 def attempts(store: Store) -> frozenset[tuple[int, int]]:
     return frozenset(key[1:] for key in store if key[0] in ("data", "files"))
+
+
+def left_behind(store: Store) -> frozenset[tuple[int, int]]:
+    """Deleted steps of which something is still there."""
+    marks = {key[1:] for key in store if key[0] == "deleted"}
+    return frozenset(name for name in marks if any((kind, *name) in store for kind in ("record", "data", "files")))
 
 
 def plans(store: Store) -> frozenset[Key]:
@@ -113,10 +126,14 @@ def visible_from(
 
 
 def head(rules: Rules, records: frozenset[Committed], terms: dict[int, Claim]) -> int | None:
-    """The term whose ancestry is the live history: the highest one, but for those without parent and record."""
-    with_record = {r.term for r in records}
+    """The term whose ancestry is the live history: the highest one that has a record, or whose parent is there."""
+    names = {(r.term, r.step) for r in records}
+    with_record = {term for term, _ in names}
     for number in sorted(terms, reverse=True):
-        counts = rules.claim_counts_at_once if terms[number].parent else not rules.fresh_claim_hides_nothing
+        parent = terms[number].parent
+        counts = rules.claim_counts_at_once if parent else not rules.fresh_claim_hides_nothing
+        if parent not in names and parent is not None and rules.claim_of_a_deleted_step_hides_nothing:
+            counts = False
         if counts or number in with_record:
             return number
     return None
@@ -132,16 +149,25 @@ def newest(rules: Rules, records: frozenset[Committed], terms: dict[int, Claim])
     return max(visible(rules, records, terms), key=lambda r: (r.step, r.term), default=None)
 
 
-def job(rules: Rules, me: str, steps: tuple[int, ...], *, resume: int | str = "newest", tries: int = 1) -> Actor:
+def job(
+    rules: Rules,
+    me: str,
+    steps: tuple[int, ...],
+    *,
+    resume: int | str = "newest",
+    tries: int = 1,
+    keep: int | None = None,
+) -> Actor:
     """Load ("newest", a step, or "fresh" for none), claim a term, save `steps`; a failed one is tried in a new term."""
 
     def run() -> Run:
         done: set[int] = set()
         for number in range(tries):
-            term, base = yield from load_and_claim(rules, me, resume, number)
+            term, lineage = yield from load_and_claim(rules, me, resume, number)
+            base = max((r.step for r in lineage), default=0)
             left = [step for step in steps if term is not None and step > base and step not in done]
             for step in left:
-                if (yield from save(rules, me, term, step)) != "acked":
+                if (yield from save_and_retain(rules, me, term, step, lineage, keep)) != "acked":
                     break
                 done.add(step)
             if done.issuperset(left) and term is not None:
@@ -162,37 +188,47 @@ def second_thought(rules: Rules, me: str, term: int, parent: tuple[int, int], st
     return actor(run)
 
 
-def zombie(rules: Rules, me: str, term: int, steps: tuple[int, ...]) -> Actor:
+def zombie(
+    rules: Rules,
+    me: str,
+    term: int,
+    steps: tuple[int, ...],
+    *,
+    lineage: Iterable[Committed] = (),
+    keep: int | None = None,
+) -> Actor:
     """A job that claimed its term long ago and does not know that another one was started."""
 
     def run() -> Run:
+        known = list(lineage)
         for step in steps:
-            if (yield from save(rules, me, term, step)) != "acked":
+            if (yield from save_and_retain(rules, me, term, step, known, keep)) != "acked":
                 return
 
     return actor(run)
 
 
 def load_and_claim(rules: Rules, me: str, resume: int | str, number: int) -> Run:
-    """The claimed term, or None, and the step that it continues."""
+    """The claimed term, or None, and the live history up to the step that it continues."""
     records, terms = yield from look(rules, 0)
     if any(r.term not in terms for r in records):
         yield Note("finds damage", me, None)
-        return None, 0
+        return None, []
     base = newest(rules, records, terms)
     if isinstance(resume, int):
         base = next((r for r in visible(rules, records, terms) if r.step == resume), None)
         if base is None:
-            return None, 0
-    elif base is None:
-        yield Note("finds nothing", me, None)
+            return None, []
+    else:
+        yield Note("finds newest", me, (max(terms, default=0), base))
     if resume == "fresh":
         base = None
+    lineage = sorted(r for r in visible(rules, records, terms) if base and r.step <= base.step)
     if not rules.terms:
-        return max(terms, default=1), base.step if base else 0
+        return max(terms, default=1), lineage
     parent = (base.term, base.step) if base else None
     term = yield from claim(rules, me, max(terms, default=0) + 1, parent, number)
-    return term, base.step if base else 0
+    return term, lineage
 
 
 def look(rules: Rules, known: int) -> Run:
@@ -203,12 +239,9 @@ def look(rules: Rules, known: int) -> Run:
     else:
         terms = dict((yield Look(claims)))
         records = yield Look(committed)
-    top = head(rules, records, terms)
-    if rules.missing_parent_looked_for and top is not None and top > known:
-        names = {(r.term, r.step) for r in records}
-        parent = terms[top].parent
-        if parent is not None and parent not in names and all(term != top for term, _ in names):
-            return (yield from look(rules, max(terms)))
+    passed_over = (n for n in terms if n > max(known, head(rules, records, terms) or 0) and terms[n].parent)
+    if rules.missing_parent_looked_for and any(passed_over):
+        return (yield from look(rules, max(terms)))
     return records, terms
 
 
@@ -224,10 +257,39 @@ def claim(rules: Rules, me: str, number: int, parent: tuple[int, int] | None, tr
     return number
 
 
+def save_and_retain(rules: Rules, me: str, term: int, step: int, lineage: list[Committed], keep: int | None) -> Run:
+    """Save `step`; with `keep`, once it is committed, delete all steps of `lineage` but so many."""
+    record = committed_by(rules, me, term, step)
+    if keep is not None and not rules.retention_after_commit:
+        yield from retain(rules, me, term, [*lineage, record], keep)
+    outcome = yield from save(rules, me, term, step)
+    if outcome == "acked":
+        lineage.append(record)
+        if keep is not None:
+            yield from retain(rules, me, term, lineage, keep)
+    return outcome
+
+
+def retain(rules: Rules, me: str, term: int, lineage: list[Committed], keep: int) -> Run:
+    """Delete all but the last `keep` steps of the job's own lineage, as long as its term is the newest."""
+    for record in sorted(lineage, key=lambda r: (r.step, r.term))[
+        : -keep if rules.retention_keeps_the_newest else None
+    ]:
+        if rules.retention_of_the_newest_term_only and (yield Get(("term", term + 1))):
+            return
+        yield Note("drops", me, (term, record))
+        if not (yield from drop(rules, (record.term, record.step))):
+            return
+        lineage.remove(record)
+
+
+def committed_by(rules: Rules, me: str, term: int, step: int) -> Committed:
+    return Committed(term, step, me, ("plan", term if rules.plan_of_own_term else 0, "p"))
+
+
 def save(rules: Rules, me: str, term: int, step: int) -> Run:
-    plan = ("plan", term if rules.plan_of_own_term else 0, "p")
-    record = Committed(term, step, me, plan)
-    yield Put(plan, "p")
+    record = committed_by(rules, me, term, step)
+    yield Put(record.plan, "p")
     if not rules.next_term_checked_after_data and (yield Get(("term", term + 1))):
         return "superseded"
     outcome = None
@@ -285,8 +347,10 @@ def gc(rules: Rules, me: str = "gc") -> Actor:
         for name in abandoned:
             if not (yield from drop(rules, name)) and rules.gc_stops_in_doubt:
                 return
-        for term, step in dead:
-            yield from drop_data(term, step)
+        for name in dead:
+            yield from drop_data(*name)
+        for name in sorted((yield Look(left_behind))):
+            yield from drop(rules, name)
         if not rules.gc_keeps_tombstones:
             for name in dead:
                 yield Delete(("record", *name))
@@ -316,25 +380,26 @@ def bury(rules: Rules, tried: list[tuple[int, int]], named: frozenset[tuple[int,
 
 
 def kept(rules: Rules, records: frozenset[Committed], terms: dict[int, Claim]) -> frozenset[Committed]:
-    """All that a job may have found that claims next: a term without a parent hid nothing before its first record."""
+    """All that a job may have found that claims next, or that counts should the newest term's parent be deleted."""
     found: set[Committed] = set()
     for number in sorted(terms, reverse=True):
         found |= visible_from(number, records, terms)
-        committed_there = any(r.term == number for r in records)
-        if terms[number].parent or (committed_there and not rules.gc_keeps_what_a_fresh_start_hides):
+        begun = any(r.term == number for r in records)
+        if terms[number].parent is None:
+            ends = begun and not rules.gc_keeps_what_a_fresh_start_hides
+        else:
+            ends = begun or not rules.gc_waits_for_a_first_record
+        if ends:
             break
     return frozenset(found)
 
 
 def drop(rules: Rules, name: tuple[int, int]) -> Run:
-    """Remove a committed step; False when its name was taken again by a late copy of the request that committed it."""
-    if not rules.gc_record_before_data:
-        yield from drop_data(*name)
-        yield Delete(("record", *name))
-        return True
-    yield Delete(("record", *name))
-    if rules.gc_buries_deleted_records and (yield Put(("record", *name), TOMBSTONE)) is not True:
+    """Delete a committed step; False when nobody can say whether it is deleted."""
+    marked = (yield Put(("deleted", *name), "deleted")) if rules.deletion_marked_first else True
+    if marked == ERROR and (yield Get(("deleted", *name))) is None:
         return False
+    yield Delete(("record", *name))
     yield from drop_data(*name)
     return True
 

@@ -77,10 +77,16 @@ class Safety:
                 return f"{note.actor} acknowledged {note.about}, and its own claim continues from before it"
             if note.event == "finds damage":
                 return f"{note.actor} takes a sound root for a damaged one"
-            if note.event == "finds nothing" and self.acknowledged:
+            if (
+                note.event == "finds newest"
+                and isinstance(note.about, tuple)
+                and not note.about[1]
+                and self.acknowledged
+            ):
                 return f"{note.actor} finds no step in a root that never was without"
         told = {note.about for note in notes if note.event == "acknowledges" and isinstance(note.about, Committed)}
-        for record in (self.acknowledged | told) - seen.shown:
+        dropped = {note.about[1] for note in notes if note.event == "drops" and isinstance(note.about, tuple)}
+        for record in (self.acknowledged | told) - seen.shown - dropped:
             if record.step <= seen.limits.get(record.term, 0):
                 return f"acknowledged {record} was lost or replaced, and no newer claim left it behind"
         return None
@@ -89,6 +95,10 @@ class Safety:
         for note in new:
             if note.event == "gives up" and note.about in seen.records:
                 return f"{note.actor} reports a failure, and {note.about} is committed"
+            if note.event == "finds newest" and isinstance(note.about, tuple) and passes_over(*note.about, seen):
+                return f"{note.actor} takes {note.about[1]} for the newest, and has seen a claim of a newer one"
+            if note.event == "drops" and isinstance(note.about, tuple) and note.about[0] < max(seen.terms):
+                return f"{note.actor} deletes {note.about[1]}, and a newer job has claimed the root"
         return None
 
 
@@ -99,18 +109,38 @@ def moved(before: Seen, after: Seen) -> str | None:
     names = {(r.term, r.step) for r in before.records - after.records}
     if names & {(r.term, r.step) for r in after.records}:
         return f"the record of {names} was replaced"
+    there = {(r.term, r.step) for r in before.records}
     claimed = [claim for number, claim in after.terms.items() if number not in before.terms and claim.parent]
-    if claimed:
+    if claimed and claimed[0].parent in there:
         now = None if after.newest is None else (after.newest.term, after.newest.step)
         return None if now == claimed[0].parent else f"{claimed[0]} made {now} newest"
-    if after.newest == before.newest:
+    if after.newest == before.newest or after.newest == without_its_claim(before, after):
         return None
     created = after.records - before.records
     if after.newest is None or after.newest not in created:
         return f"newest went from {before.newest} to {after.newest}, which was neither created nor claimed to continue"
-    if any(number > after.newest.term and claim.parent for number, claim in after.terms.items()):
+    still = {(r.term, r.step) for r in after.records}
+    if any(number > after.newest.term and claim.parent in still for number, claim in after.terms.items()):
         return f"{after.newest} became newest after a newer claim"
     return None
+
+
+def without_its_claim(before: Seen, after: Seen) -> Committed | None:
+    """What a claim had hidden, when the newest step, which it names, was deleted before the claim's first record."""
+    gone = before.newest
+    if gone is None or gone in after.records:
+        return gone
+    naming = [number for number, claim in after.terms.items() if claim.parent == (gone.term, gone.step)]
+    if not naming or any(r.term >= min(naming) for r in after.records):
+        return gone
+    return newest(RIGHT, after.records, {n: claim for n, claim in after.terms.items() if n < min(naming)})
+
+
+def passes_over(top: int, found: Committed | None, seen: Seen) -> bool:
+    """Whether the claim of term `top` continues from a step that is there, and is newer than the one found."""
+    parent = seen.terms[top].parent if top else None
+    there = {(r.term, r.step) for r in seen.records}
+    return parent in there and parent is not None and (found is None or (found.term, found.step) < parent)
 
 
 def forsaken(record: Committed, terms: dict[int, Claim]) -> bool:

@@ -9,9 +9,14 @@ from tests.commit.explorer import Scenario
 from tests.commit.model import Claim, Committed, Rules, gc, job, second_thought, zombie
 
 
+def old(*commits: tuple[int, int]) -> frozenset[Committed]:
+    """A step for each (term, step) of `commits`, of a job that is gone."""
+    return frozenset(Committed(term, step, "old", ("plan", term, "p")) for term, step in commits)
+
+
 def root(terms: dict[int, tuple[int, int] | None], commits: list[tuple[int, int]]) -> dict[tuple[Any, ...], Any]:
     """A store that holds `terms` (number -> parent) and a complete step for each (term, step) of `commits`."""
-    records = frozenset(Committed(term, step, "old", ("plan", term, "p")) for term, step in commits)
+    records = old(*commits)
     store: dict[tuple[Any, ...], Any] = {}
     for number, parent in terms.items():
         store["term", number] = Claim("old", parent)
@@ -119,6 +124,47 @@ def fresh_start_job_and_gc(rules: Rules) -> Scenario:
     )
 
 
+def retention(rules: Rules) -> Scenario:
+    return Scenario(
+        "a job that keeps one step, and one that starts beside it",
+        root({1: None}, [(1, 100)]),
+        {
+            "keeper": zombie(rules, "keeper", 1, (200, 300), lineage=old((1, 100)), keep=1),
+            "job": job(rules, "job", (400,), keep=1),
+        },
+        faults=("lost", "ghost", "echo"),
+        fragile=("record", "deleted"),
+        budget=1,
+    )
+
+
+def retention_amid_a_takeover(rules: Rules) -> Scenario:
+    return Scenario(
+        "a job that keeps one step, one that starts beside it, and gc",
+        root({1: None}, [(1, 100)]),
+        {
+            "keeper": zombie(rules, "keeper", 1, (200,), lineage=old((1, 100)), keep=1),
+            "job": job(rules, "job", (300,)),
+            "gc": gc(rules),
+        },
+        faults=("ghost", "echo"),
+        fragile=("deleted",),
+        budget=1,
+    )
+
+
+def retention_amid_a_rollback(rules: Rules) -> Scenario:
+    return Scenario(
+        "load(100) while the job of 100 and 200 goes on, and keeps one step; and gc",
+        root({1: None}, [(1, 100), (1, 200)]),
+        {
+            "keeper": zombie(rules, "keeper", 1, (300,), lineage=old((1, 100), (1, 200)), keep=1),
+            "job": job(rules, "job", (110,), resume=100),
+            "gc": gc(rules),
+        },
+    )
+
+
 def second_thoughts(rules: Rules) -> Scenario:
     return Scenario(
         "a job whose second claim has no answer",
@@ -172,6 +218,9 @@ ALL: list[Callable[[Rules], Scenario]] = [
     two_zombies_job_and_gc,
     fresh_start_amid_a_look,
     fresh_start_job_and_gc,
+    retention,
+    retention_amid_a_takeover,
+    retention_amid_a_rollback,
     second_thoughts,
     second_try,
     lost_writes,
