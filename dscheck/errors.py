@@ -7,6 +7,7 @@
     │   └── IncompleteCoverError                fragments that do not tile a tensor exactly once
     ├── StateMismatchError(ValueError)          the checkpoint holds another model than the live state
     ├── StorageError(OSError)                   the storage failed, after whatever retries it was given
+    │   └── TransientStorageError               the same call may succeed later: throttled, reset, timed out
     ├── CheckpointNotFoundError(FileNotFoundError)   no such root, step or tensor
     ├── CheckpointExistsError(FileExistsError)  the root has commits and nothing was loaded from it
     ├── CorruptCheckpointError                  bytes that contradict their checksum, digest or declared sizes
@@ -68,6 +69,10 @@ class StateMismatchError(DscheckError, ValueError):
 
 class StorageError(DscheckError, OSError):
     """The storage failed. `url` and `key` say where; the cause is chained."""
+
+
+class TransientStorageError(StorageError):
+    """The storage refused for now, or did not answer: the same call may succeed later."""
 
 
 class CheckpointNotFoundError(DscheckError, FileNotFoundError):

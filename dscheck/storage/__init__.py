@@ -50,9 +50,15 @@ def _open_memory(rest: str) -> Storage:
     return MemoryStorage(name)
 
 
+def _open_s3(rest: str) -> Storage:
+    from dscheck.storage.s3 import S3Storage  # botocore takes 0.2 s to import
+
+    return S3Storage(rest)
+
+
 def _known() -> str:
     return ", ".join(f"{scheme}://" for scheme in SCHEMES)
 
 
 # What follows `scheme://` → the storage. A plug-in adds its own.
-SCHEMES: dict[str, Callable[[str], Storage]] = {"file": _open_file, "memory": _open_memory}
+SCHEMES: dict[str, Callable[[str], Storage]] = {"file": _open_file, "memory": _open_memory, "s3": _open_s3}
