@@ -24,6 +24,7 @@ from dscheck.errors import (
     StorageError,
     SupersededError,
     TornSnapshotError,
+    TransientStorageError,
     UnsupportedFormatError,
     UnusableStateError,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "StorageError",
     "SupersededError",
     "TornSnapshotError",
+    "TransientStorageError",
     "UnsupportedFormatError",
     "UnusableStateError",
     "__version__",

@@ -21,7 +21,7 @@ from dscheck.errors import CorruptCheckpointError, DeadlineError, DscheckError, 
 from dscheck.load.needs import Need, Read
 from dscheck.load.place import Copy, Deliveries, copy_of, is_plain
 from dscheck.native import File, NativeReader, place
-from dscheck.storage.base import LocalFiles, Storage
+from dscheck.storage.base import LocalFiles, Requests, Storage
 
 Checksums = Mapping[int, NDArray[np.uint32]]
 Blocks = tuple[int, int, NDArray[np.uint32]]
@@ -73,7 +73,7 @@ class Reader:
         self._error: BaseException | None = None
         longest = max((task.read.stop - task.read.start for task in tasks), default=0)
         most = max(AT_ONCE, settings.read_memory_bytes // (longest + BUFFER_EXTRA_BYTES))
-        threads = min(settings.read_threads, most, len(tasks))
+        threads = min(_threads(storage, settings), most, len(tasks))
         waits = any(task.kept or _delivered(task.read) for task in tasks)
         buffers = min(most, len(tasks)) if waits else threads  # each costs its first touch
         device = _page_locked_for(need for task in tasks for need in task.read.needs)
@@ -239,6 +239,11 @@ class Reader:
         except BaseException as error:
             self._error = self._error or error
             self._native.stop()
+
+
+def _threads(storage: Storage, settings: Settings) -> int:
+    """A read from afar mostly waits: there are as many at once as reach the storage's rate."""
+    return max(settings.read_threads, storage.requests_in_flight if isinstance(storage, Requests) else 0)
 
 
 def _delivered(read: Read) -> list[tuple[Need, int]]:

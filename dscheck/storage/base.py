@@ -55,7 +55,8 @@ class PartWriter(ObjectWriter, Protocol):
 
     def put_part(self, number: int, buffers: Sequence[memoryview]) -> None:
         """Put part `number`, counted from 0, which is these buffers (contiguous, bytes) one after the other. They may
-        be reused when it returns. Any thread; parts may come in any order, and all of them before `commit`.
+        be reused when it returns. Any thread; parts may come in any order, and all of them before `commit`. `abort`
+        ends those under way, and returns when nothing reads their buffers any more.
         """
 
 

@@ -63,7 +63,7 @@ class Body:
     """Buffers side by side as one file that botocore sends without copying them.
 
     `read` gives the next view, of up to SLICE_BYTES, and not the length asked for: the views go to the socket as they
-    are.
+    are. botocore asks before it sends a file ("Expect: 100-continue"), so that a refusal is heard; bytes go at once.
     """
 
     def __init__(self, buffers: Sequence[memoryview]) -> None:

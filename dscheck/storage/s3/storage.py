@@ -12,7 +12,7 @@ from botocore.exceptions import ClientError
 from dscheck.errors import CheckpointNotFoundError, ConfigError, StorageError, TransientStorageError
 from dscheck.storage.base import Entry, PartWriter, Unfinished
 from dscheck.storage.keys import MAX_KEY_BYTES, check_key, check_prefix, check_range
-from dscheck.storage.s3.bucket import SLICE_BYTES, Body, Bucket, checksum_of
+from dscheck.storage.s3.bucket import SLICE_BYTES, Bucket, checksum_of
 from dscheck.storage.s3.failures import reporting, status_of
 from dscheck.storage.s3.options import S3Options
 from dscheck.storage.s3.upload import Upload
@@ -44,13 +44,13 @@ class S3Storage:
         return self._bucket.options.requests_in_flight
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        path, views = self._path(key), [memoryview(data)]
+        path, checksum = self._path(key), checksum_of([memoryview(data)])
 
         def put() -> bool:
             try:
                 self._bucket.once(
                     "create", key, "put_object",
-                    Key=path, Body=Body(views), IfNoneMatch="*", ChecksumCRC32C=checksum_of(views),
+                    Key=path, Body=data, IfNoneMatch="*", ChecksumCRC32C=checksum,
                 )  # fmt: skip
             except StorageError as error:
                 if isinstance(error.__cause__, ClientError) and status_of(error.__cause__) == 412:

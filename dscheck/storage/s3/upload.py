@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from dscheck.errors import CheckpointNotFoundError, StorageError, TransientStorageError
@@ -35,6 +35,8 @@ class Upload:
         self._parts: dict[int, dict[str, Any]] = {}
         self._sizes: dict[int, int] = {}
         self._opening = threading.Lock()
+        self._under_way = 0
+        self._settled = threading.Condition()
         self._usable = True
         self._given_up = threading.Event()
         self.parts_in_flight = bucket.options.requests_in_flight
@@ -44,9 +46,8 @@ class Upload:
         return max(self._bucket.options.part_bytes, -(-least // MIB) * MIB)
 
     def put_part(self, number: int, buffers: Sequence[memoryview]) -> None:
-        self._require_usable("put a part of")
-        checksum = checksum_of(buffers)
-        try:
+        with self._putting():
+            checksum = checksum_of(buffers)
             upload = self._open()
             answer = self._run(
                 lambda: self._bucket.once(
@@ -55,9 +56,6 @@ class Upload:
                 )
             )  # fmt: skip
             self._compare(answer.get("ChecksumCRC32C"), checksum)
-        except BaseException:
-            self._give_up()
-            raise
         self._parts[number] = {"PartNumber": number + 1, "ETag": answer["ETag"], "ChecksumCRC32C": checksum}
         self._sizes[number] = sum(view.nbytes for view in buffers)
 
@@ -88,10 +86,28 @@ class Upload:
 
     def abort(self) -> None:
         self._give_up()
+        with self._settled:
+            # A part that arrives after the request to give up might be kept for ever.
+            self._settled.wait_for(lambda: not self._under_way)
         upload, self._id = self._id, None
         if upload is not None:
             with suppress(StorageError, CheckpointNotFoundError):
                 self._bucket.once("give up", self._key, "abort_multipart_upload", Key=self._path, UploadId=upload)
+
+    @contextmanager
+    def _putting(self) -> Iterator[None]:
+        with self._settled:
+            self._require_usable("put a part of")
+            self._under_way += 1
+        try:
+            yield
+        except BaseException:
+            self._give_up()
+            raise
+        finally:
+            with self._settled:
+                self._under_way -= 1
+                self._settled.notify_all()
 
     def _open(self) -> str:
         with self._opening:
@@ -104,12 +120,12 @@ class Upload:
             return self._id
 
     def _put_whole(self) -> str:
-        views = [memoryview(self._rest)]
-        checksum, metadata = checksum_of(views), {_MARK: self._mark}
+        data, metadata = bytes(self._rest), {_MARK: self._mark}
+        checksum = checksum_of([memoryview(data)])
         self._create(
             lambda: self._bucket.once(
                 "create", self._key, "put_object",
-                Key=self._path, IfNoneMatch="*", Body=Body(views), Metadata=metadata, ChecksumCRC32C=checksum,
+                Key=self._path, IfNoneMatch="*", Body=data, Metadata=metadata, ChecksumCRC32C=checksum,
             )
         )  # fmt: skip
         return checksum
