@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -76,11 +76,8 @@ class Upload:
             self._rest = bytearray()
         self._usable = False
         size = sum(self._sizes.values()) + len(self._rest)
-        checksum = self._put_whole() if self._id is None else self._complete()
-        found = self._head()
-        if found["ContentLength"] != size:
-            raise self._error(f"{size} bytes were put, and the store holds {found['ContentLength']}")
-        self._compare(found.get("ChecksumCRC32C"), checksum)
+        checksum = self._put_whole(size) if self._id is None else self._complete(size)
+        self._check(self._head(), size, checksum)
         self._id = None
         return size
 
@@ -119,30 +116,35 @@ class Upload:
                 self._id = str(answer["UploadId"])
             return self._id
 
-    def _put_whole(self) -> str:
+    def _put_whole(self, size: int) -> str:
         data, metadata = bytes(self._rest), {_MARK: self._mark}
         checksum = checksum_of([memoryview(data)])
         self._create(
             lambda: self._bucket.once(
                 "create", self._key, "put_object",
                 Key=self._path, IfNoneMatch="*", Body=data, Metadata=metadata, ChecksumCRC32C=checksum,
-            )
+            ),
+            size,
+            checksum,
         )  # fmt: skip
         return checksum
 
-    def _complete(self) -> str:
+    def _complete(self, size: int) -> str:
         parts = [self._parts[number] for number in sorted(self._parts)]
         if [part["PartNumber"] for part in parts] != [*range(1, len(parts) + 1)]:
             raise self._error(f"parts are missing: {len(parts)} were put, up to number {parts[-1]['PartNumber']}")
+        checksum = checksum_of_parts([part["ChecksumCRC32C"] for part in parts])
         self._create(
             lambda: self._bucket.once(
                 "commit", self._key, "complete_multipart_upload",
                 Key=self._path, IfNoneMatch="*", UploadId=self._id, MultipartUpload={"Parts": parts},
-            )
+            ),
+            size,
+            checksum,
         )  # fmt: skip
-        return checksum_of_parts([part["ChecksumCRC32C"] for part in parts])
+        return checksum
 
-    def _create(self, request: Callable[[], object]) -> None:
+    def _create(self, request: Callable[[], object], size: int, checksum: str) -> None:
         """`request` creates the object unless it is there, and an earlier try that lost its answer counts."""
         unsure = False
 
@@ -154,17 +156,24 @@ class Upload:
                 unsure = True
                 raise
             except StorageError:
-                if not (unsure and self._is_there()):
+                if not (unsure and self._is_there(size, checksum)):
                     raise
 
         self._run(create)
 
-    def _is_there(self) -> bool:
-        """Whether the object is ours, as far as a store tells that keeps no metadata."""
+    def _is_there(self, size: int, checksum: str) -> bool:
+        """Whether the object is ours: by its mark, or by what it holds where a store keeps no metadata."""
         try:
-            return bool(self._head()["Metadata"].get(_MARK, self._mark) == self._mark)
-        except CheckpointNotFoundError:
+            found = self._head()
+            self._check(found, size, checksum)
+        except (CheckpointNotFoundError, StorageError):
             return False
+        return bool(found["Metadata"].get(_MARK, self._mark) == self._mark)
+
+    def _check(self, found: Mapping[str, Any], size: int, checksum: str) -> None:
+        if found["ContentLength"] != size:
+            raise self._error(f"{size} bytes were put, and the store holds {found['ContentLength']}")
+        self._compare(found.get("ChecksumCRC32C"), checksum)
 
     def _head(self) -> Any:
         return self._bucket.ask(
