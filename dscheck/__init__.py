@@ -27,6 +27,7 @@ from dscheck.errors import (
     StorageError,
     SupersededError,
     TornSnapshotError,
+    TransientStorageError,
     UnsupportedFormatError,
     UnusableStateError,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "StorageError",
     "SupersededError",
     "TornSnapshotError",
+    "TransientStorageError",
     "UnsupportedFormatError",
     "UnusableStateError",
     "__version__",

@@ -23,7 +23,7 @@ from dscheck.load.place import Copies, Copy, Deliveries, is_plain
 from dscheck.load.reads import Read, Reads
 from dscheck.native import File, NativeReader, place
 from dscheck.state.placements import Part
-from dscheck.storage.base import LocalFiles, Storage
+from dscheck.storage.base import LocalFiles, Requests, Storage
 
 Checksums = Mapping[int, NDArray[np.uint32]]
 Blocks = tuple[int, int, NDArray[np.uint32]]
@@ -70,7 +70,7 @@ class Reader:
         self._error: BaseException | None = None
         longest = int((reads.stop - reads.start).max(initial=0))
         most = max(AT_ONCE, settings.read_memory_bytes // (longest + BUFFER_EXTRA_BYTES))
-        threads = min(settings.read_threads, most, len(reads))
+        threads = min(_threads(storage, settings), most, len(reads))
         self._kept, self._delivers = kept, self._form.delivers(reads)
         waits = bool((kept | self._delivers).any())
         buffers = min(most, len(reads)) if waits else threads  # each costs its first touch
@@ -253,6 +253,11 @@ class _NativeForm:
                 found.append((begin - start, end - begin, crcs[first:last]))
                 verified, verified_to = last, end
         return found
+
+
+def _threads(storage: Storage, settings: Settings) -> int:
+    """A read from afar mostly waits: there are as many at once as reach the storage's rate."""
+    return max(settings.read_threads, storage.requests_in_flight if isinstance(storage, Requests) else 0)
 
 
 def _delivered(read: Read) -> list[tuple[Need, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -40,6 +40,23 @@ class FileWriter(ObjectWriter, Protocol):
         """The descriptor of the file, nothing of which is written yet. The caller writes its first `nbytes` bytes
         itself, at any positions, before it leaves; `write` goes on behind them. An OSError inside is raised as a
         StorageError; after any error the writer is not usable.
+        """
+
+
+@runtime_checkable
+class PartWriter(ObjectWriter, Protocol):
+    """The writer of an object that may be put in parts instead of by `write`, several at once."""
+
+    parts_in_flight: int
+    """How many at once reach the rate of the storage."""
+
+    def part_bytes(self, nbytes: int) -> int:
+        """Of each part but the last, which may be shorter, of an object of `nbytes` bytes."""
+
+    def put_part(self, number: int, buffers: Sequence[memoryview]) -> None:
+        """Put part `number`, counted from 0, which is these buffers (contiguous, bytes) one after the other. They may
+        be reused when it returns. Any thread; parts may come in any order, and all of them before `commit`. `abort`
+        ends those under way, and returns when nothing reads their buffers any more.
         """
 
 
@@ -107,3 +124,11 @@ class LocalFiles(Protocol):
 
     def open_local(self, key: str) -> AbstractContextManager[tuple[int, int]]:
         """A descriptor of `key`, open for reading until the context ends, and its size in bytes. Raises as `read`."""
+
+
+@runtime_checkable
+class Requests(Protocol):
+    """What a Storage may say besides: how many reads at once reach its rate, since each of them waits for an answer."""
+
+    @property
+    def requests_in_flight(self) -> int: ...

@@ -119,6 +119,12 @@ def _open_memory(url: str, options: Mapping[str, Any]) -> Storage:
     return MemoryStorage(name)
 
 
+def _open_s3(url: str, options: Mapping[str, Any]) -> Storage:
+    from dscheck.storage.s3 import S3Storage  # botocore takes 0.2 s to import
+
+    return S3Storage(url.partition("://")[2], options)
+
+
 def _refuse_options(who: str, options: Mapping[str, Any] | None) -> None:
     if options:
         # Their values may be credentials.
@@ -132,4 +138,4 @@ def _shown(root: str) -> str:
 _VERBS = ("url", "put_if_absent", "create", "read", "read_into", "list", "delete")
 
 # Found without a look at what is installed. "local" is what fsspec calls it; here its files are synced.
-_IN_TREE: dict[str, Opener] = {"file": _open_file, "local": _open_file, "memory": _open_memory}
+_IN_TREE: dict[str, Opener] = {"file": _open_file, "local": _open_file, "memory": _open_memory, "s3": _open_s3}
