@@ -1,4 +1,4 @@
-"""What docker/compose.yaml starts in containers, started without them: its scripts, in its environments, on loopback."""
+"""What docker/compose.yaml starts in containers, started without them: its scripts and environments, on loopback."""
 
 from __future__ import annotations
 
