@@ -279,13 +279,18 @@ def test_a_root_with_a_closing_slash_is_the_same_root() -> None:
 
 
 def test_a_missing_bucket_is_not_made() -> None:
-    """A store that has folders in its listings alone is not asked to make one: it would make a bucket."""
+    """A store that has folders in its listings alone is not asked to make one, although it can rename: it would make a
+    bucket.
+    """
 
     class Making(Cloud):
         protocol = "making"
 
         def makedirs(self, path: str, exist_ok: bool = False) -> None:
             raise AssertionError(path)
+
+        def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
+            raise AssertionError(path1)
 
     storage: Storage = opened(Making)
     assert storage.put_if_absent("steps/1/1/files.arrow", b"x")
