@@ -141,7 +141,12 @@ class FsspecStorage:
         """The folder of a file exists. A store of objects has none, and would make a bucket."""
         folder = path.rpartition("/")[0]
         if self._connections.renames and folder not in self._folders:
-            self._fs.makedirs(folder, exist_ok=True)
+            try:
+                self._fs.makedirs(folder, exist_ok=True)
+            except Exception:
+                # Not every package expects that another thread or rank makes it at the same moment.
+                if not there(self._fs, folder):
+                    raise
             self._folders.add(folder)
 
     def _size(self, key: str, path: str) -> int:
