@@ -47,10 +47,13 @@ class Connections:
 
     @property
     def renames(self) -> bool:
-        """Whether it is of files, which a rename puts in place whole. Object stores have none, and need none."""
+        """Whether it is of files, which are seen while they grow, and which a rename puts in place whole.
+
+        All of those are synchronous; gcsfs has a rename of its own for the sake of folders.
+        """
         from fsspec import AbstractFileSystem
 
-        return self._class.mv is not AbstractFileSystem.mv
+        return not self._class.async_impl and self._class.mv is not AbstractFileSystem.mv
 
     @property
     def has_create(self) -> bool:

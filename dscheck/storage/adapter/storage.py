@@ -85,14 +85,18 @@ class FsspecStorage:
             if length == 0:
                 return b""
         try:
-            data: bytes = self._fs.cat_file(path, start=offset, end=None if length is None else offset + length)
+            stop = None if length is None else offset + length
+            data: bytes = self._fs.cat_file(path, start=offset or None, end=stop)
             if length is None or len(data) == length:
                 return data
             failure: Exception = OSError(f"{len(data)} bytes came of {length} at {offset}")
         except Exception as error:
             failure = error
-        # Not every file system says what was wrong; the object does.
-        check_range(self.url, key, offset, length, self._size(key, path))
+        # Not every file system says what was wrong, and some refuse the range of an empty object; its size tells.
+        size = self._size(key, path)
+        check_range(self.url, key, offset, length, size)
+        if size == 0:
+            return b""
         raise self._error("read", key, failure) from self._secrets.harmless(failure)
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
@@ -137,7 +141,12 @@ class FsspecStorage:
         """The folder of a file exists. A store of objects has none, and would make a bucket."""
         folder = path.rpartition("/")[0]
         if self._connections.renames and folder not in self._folders:
-            self._fs.makedirs(folder, exist_ok=True)
+            try:
+                self._fs.makedirs(folder, exist_ok=True)
+            except Exception:
+                # Not every package expects that another thread or rank makes it at the same moment.
+                if not there(self._fs, folder):
+                    raise
             self._folders.add(folder)
 
     def _size(self, key: str, path: str) -> int:
