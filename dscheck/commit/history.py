@@ -220,7 +220,7 @@ def read_history(storage: Storage, known: History | None = None) -> History:
             _ = history.newest
             if history._settled(seen):
                 return history
-        seen = newest_term
+        seen, claims = newest_term, history._claims
     raise unsteady(storage)
 
 
