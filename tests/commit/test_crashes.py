@@ -165,7 +165,7 @@ def interrupted(root: Storage, hook: Callable[..., Fault], nth: int) -> tuple[li
 def deletions(storage: Storage) -> None:
     """What retention and gc do in one root: keep two steps, collect an attempt, an old plan and an abandoned step."""
     terms = read_history(storage)
-    Retention(storage, Keep(last=2)).run(terms.claim(terms.newest_term), by="retention", now=1e9)
+    Retention(storage, Keep(last=2)).run(terms.claim(terms.newest_term), (), by="retention", now=1e9)
     collect(storage, by="gc", now=1e9, abandoned=True)
 
 

@@ -145,13 +145,31 @@ def test_what_a_deletion_left_behind_goes_in_any_term() -> None:
         job.save(step)
     record = read_history(root).record(StepRef(200, 1))
     with pytest.raises(StorageError):
-        delete_step(Faulty(root, fail_at("delete")), record, by="rm", now=1.0)
-    delete_step(root, read_history(root).record(StepRef(100, 1)), by="rm", now=1.0)
+        delete_step(Faulty(root, fail_at("delete")), record, by="rm", now=1e9)
+    delete_step(root, read_history(root).record(StepRef(100, 1)), by="rm", now=1e9)
     root.put_if_absent(record_key(100, 1), a_record(100, 1, job.term.id).encode())
     assert gc(root).deleted == [StepRef(100, 1), StepRef(200, 1)]
     assert not {key for key in keys(root) if key.startswith(("steps/100/", "steps/200/"))}
     assert record_key(100, 1) not in keys(root)
     assert gc(root) == Collected()
+
+
+def test_marks_go_when_they_are_old_and_nothing_is_left() -> None:
+    """commit P27"""
+    root = MemoryStorage()
+    job = Job.start(root)
+    for step in (100, 200, 300):
+        job.save(step)
+    for step, time in ((100, 1e9 - 8 * 86400), (200, 1e9 - 6 * 86400)):
+        delete_step(root, read_history(root).record(StepRef(step, 1)), by="rm", now=time)
+    root.put_if_absent(record_key(100, 1), a_record(100, 1, job.term.id).encode())
+    found = gc(root)
+    assert (found.deleted, found.marks) == ([StepRef(100, 1)], [])
+    assert gc(root).marks == [StepRef(100, 1)]
+    assert {key for key in keys(root) if key.startswith("records/")} == {
+        "records/200-1.deleted.json",
+        "records/300-1.json",
+    }
 
 
 def test_a_dry_run_says_the_same_and_changes_nothing() -> None:

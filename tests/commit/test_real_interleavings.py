@@ -77,7 +77,7 @@ def keeper(me: str, term: int, step: int) -> Actor:
             put_data(storage, step, term, me)
             publish(storage, a_record(step, term, f"id-{term}", id=me))
             tell("acknowledges", StepRef(step, term))
-            Retention(storage, Keep(last=1)).run(a_term(term), by=me, now=0.0)
+            Retention(storage, Keep(last=1)).run(a_term(term), (), by=me, now=0.0)
 
     return real(me, run)
 

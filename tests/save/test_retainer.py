@@ -171,8 +171,17 @@ def test_a_job_that_was_replaced_deletes_nothing_and_says_so_where_it_saves() ->
 
 @pytest.mark.parametrize(
     "metrics",
-    [3.0, [("loss", 1.0)], {"loss": "0.3"}, {"loss": True}, {"loss": torch.tensor(1.0)}, {1: 1.0}, {"": 1.0}]
-    + [{"x" * 101: 1.0}, {str(number): 1.0 for number in range(101)}],
+    [
+        3.0,
+        [("loss", 1.0)],
+        {"loss": "0.3"},
+        {"loss": True},
+        {"loss": torch.tensor(1.0)},
+        {1: 1.0},
+        {"": 1.0},
+        {"x" * 101: 1.0},
+        {str(number): 1.0 for number in range(101)},
+    ],
     ids=str,
 )
 def test_metrics_that_are_no_numbers_are_refused_before_anything_is_captured(metrics: Any) -> None:
