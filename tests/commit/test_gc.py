@@ -90,7 +90,10 @@ def test_abandoned_steps_go_only_when_that_is_asked_for_and_pinned_ones_never() 
     pin(root, read_history(root).record(StepRef(300, 1)), note="", by="me", now=1.0)
     assert gc(root, abandoned=True).abandoned == []
     root.delete("pins/300-1.json")
-    assert gc(root, abandoned=True).abandoned == [StepRef(300, 1)]
+    storage = Faulty(root)
+    assert gc(storage, abandoned=True).abandoned == [StepRef(300, 1)]
+    changes = [op.key for op in storage.log if op.name in ("put_if_absent", "delete")]
+    assert changes[:2] == ["records/300-1.deleted.json", "records/300-1.json"]
     history = read_history(root)
     assert (history.visible, history.abandoned) == ((StepRef(100, 1), StepRef(200, 1), StepRef(210, 2)), ())
     assert not list(root.list("steps/300/"))

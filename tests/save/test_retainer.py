@@ -13,7 +13,7 @@ import torch
 from dscheck import Checkpointer, ConfigError, Keep
 from dscheck.commit import read_history
 from dscheck.ranks.base import Ranks
-from dscheck.testing.faults import Faulty, Operation, before, fail_at, hang
+from dscheck.testing.faults import Faulty, Operation, before, fail_at, hang, slow
 from tests.end_to_end.worlds import fresh, job, open_on
 
 
@@ -58,7 +58,7 @@ def test_only_rank_0_deletes_and_close_waits_for_it() -> None:
     root = fresh()
 
     def run(ranks: Ranks) -> int:
-        with open_on(ranks, root, {"x": torch.ones(3)}, keep=1) as ckpt:
+        with open_on(ranks, Faulty(root, slow(0.03, "delete")), {"x": torch.ones(3)}, keep=1) as ckpt:
             for step in range(1, 6):
                 ckpt.save(step).wait()
         return ckpt.retention.steps
