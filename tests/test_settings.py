@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dscheck.config import Settings
+from dscheck.config import Keep, Settings
 from dscheck.errors import ConfigError
 
 
@@ -27,6 +27,11 @@ from dscheck.errors import ConfigError
         ("trace", 3),
         ("trace", ""),
         ("check_capture", 1),
+        ("keep", 0),
+        ("keep", -1),
+        ("keep", True),
+        ("keep", "3"),
+        ("keep", {"last": 3}),
     ],
 )
 def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
@@ -37,3 +42,9 @@ def test_a_bad_value_is_refused_by_name(name: str, value: Any) -> None:
 def test_budgets_are_bytes_or_auto_and_a_device_may_lend_none() -> None:
     assert Settings().host_memory_bytes == Settings().device_memory_bytes == "auto"
     assert Settings(host_memory_bytes=1, device_memory_bytes=0).device_memory_bytes == 0
+
+
+def test_a_number_of_steps_to_keep_is_that_many_of_the_last() -> None:
+    assert Settings(keep=3).kept == Keep(last=3)
+    assert Settings(keep=Keep(last=2, every=10)).kept == Keep(last=2, every=10)
+    assert Settings().kept is None

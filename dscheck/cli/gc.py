@@ -39,6 +39,7 @@ def _lines(found: Collected) -> list[str]:
             ("attempts that were never committed", found.attempts),
             ("abandoned steps", found.abandoned),
             ("remains of deleted steps", found.deleted),
+            ("marks of steps deleted long ago", found.marks),
         )
         if refs
     ]

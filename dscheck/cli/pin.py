@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 
-from dscheck.cli.step import named_step
+from dscheck.cli.named import named_step
 from dscheck.commit.history import read_history
 from dscheck.commit.listing import StepRef, read_deletion
 from dscheck.commit.pins import pin, pinned, unpin

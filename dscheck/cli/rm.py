@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import typer
 
-from dscheck.cli.step import named_step
+from dscheck.cli.named import named_step
 from dscheck.cli.text import size, when
 from dscheck.commit.delete import delete_step
 from dscheck.commit.history import read_history

@@ -14,12 +14,15 @@ from dscheck.commit.history import History, read_history
 from dscheck.commit.listing import StepRef, list_records, list_terms, read_deletion, unknown
 from dscheck.commit.once import put_once
 from dscheck.commit.pins import pinned
-from dscheck.manifest.keys import parse_attempt_key, parse_plan_key, plan_key, record_key
-from dscheck.manifest.record import Record, Tombstone, decode_record
+from dscheck.manifest.keys import deletion_key, parse_attempt_key, parse_plan_key, plan_key, record_key
+from dscheck.manifest.record import Deletion, Record, Tombstone, decode_record
 from dscheck.storage.base import Entry, Storage, UnfinishedUploads
 
 SAFE_AGE_S = 86400.0
 """No put or upload of a job that lives takes a day: what is older and unfinished, its writer has left behind."""
+
+LATEST_REQUEST_S = 7 * 86400.0
+"""No copy of a request is a week late on its way to a storage: what only such a copy could undo is done for good."""
 
 FOLDERS = ("terms/", "records/", "pins/", "plans/", "steps/")
 
@@ -29,14 +32,16 @@ class Collected:
     """What was found and, unless it was a dry run, deleted.
 
     attempts: never committed, now given up for good. deleted: remains of steps that were deleted before. abandoned:
-    steps outside the live history. plans: that no record names, by key. unfinished: uploads and temporary files that
-    killed writers left (not counted in a dry run). bytes: of all but those.
+    steps outside the live history. plans: that no record names, by key. marks: of deleted steps of which nothing is
+    left, old enough that no request of then can still arrive. unfinished: uploads and temporary files that killed
+    writers left (not counted in a dry run). bytes: of attempts, steps and plans.
     """
 
     attempts: list[StepRef] = field(default_factory=list)
     deleted: list[StepRef] = field(default_factory=list)
     abandoned: list[StepRef] = field(default_factory=list)
     plans: list[str] = field(default_factory=list)
+    marks: list[StepRef] = field(default_factory=list)
     unfinished: int = 0
     bytes: int = 0
 
@@ -64,7 +69,7 @@ def collect(
     top = list_terms(storage)
     attempts, plans, pins = _attempts(storage), _plans(storage), pinned(storage)
     tried = _not_named(storage, attempts, top)
-    _read_all(storage, before := read_history(storage))
+    deletions = _read_all(storage, before := read_history(storage))
     if not dry_run:
         for ref in tried:
             _bury(storage, ref, by, now)
@@ -75,6 +80,8 @@ def collect(
     found.attempts = sorted(ref for ref in attempts.keys() - records.keys() if ref in tried or history.given_up(ref))
     left = list_records(storage)
     found.deleted = sorted(ref for ref in left.deleted if ref in left.taken or ref in attempts)
+    old = {ref for ref, deletion in deletions.items() if now - deletion.time > LATEST_REQUEST_S}
+    found.marks = sorted(old.difference(found.deleted))
     needed = {plan_key(r.term, r.plan.sha256) for ref, r in records.items() if ref not in found.abandoned}
     found.plans = sorted(entry.key for term, entry in plans if term < top and entry.key not in needed)
     found.bytes = sum(e.size for ref in found.refs for e in attempts.get(ref, ())) + sum(
@@ -102,7 +109,7 @@ def _delete(
         delete_all(storage, [entry.key for entry in attempts[ref]])
     for ref in found.deleted:
         clear(storage, ref)
-    delete_all(storage, found.plans)
+    delete_all(storage, [*found.plans, *(deletion_key(ref.step, ref.term) for ref in found.marks)])
 
 
 def _bury(storage: Storage, ref: StepRef, by: str, now: float) -> None:
@@ -150,10 +157,10 @@ def _not_named(storage: Storage, attempts: Iterable[StepRef], top: int) -> list[
     return sorted(ref for ref in attempts if ref.term < top and ref not in names.taken | names.deleted)
 
 
-def _read_all(storage: Storage, history: History) -> None:
-    """Every small object is one that this version understands."""
+def _read_all(storage: Storage, history: History) -> dict[StepRef, Deletion]:
+    """Every small object is one that this version understands; the deletions."""
     for number in history.terms:
         history.claim(number)
     history.records()
-    for ref in history.deleted:
-        read_deletion(storage, ref)
+    read = {ref: read_deletion(storage, ref) for ref in history.deleted}
+    return {ref: deletion for ref, deletion in read.items() if deletion is not None}

@@ -209,18 +209,18 @@ def read_history(storage: Storage, known: History | None = None) -> History:
     Raises CorruptCheckpointError (P19) for a name that is not ours, a gap in the terms, a record without its term,
     and plans or steps without any term; CheckpointNotFoundError when something keeps deleting what is newest (P15).
     """
-    claims = {} if known is None else known._claims
-    found = {} if known is None else {ref: read for ref, read in known._found.items() if read is not None}
+    claims, found = ({}, {}) if known is None else (known._claims, known._found)
     seen = 0
     for _ in range(LOOKS):
         names, newest_term = list_records(storage), list_terms(storage)
         _refuse_orphans(storage, names, newest_term)
-        history = History(storage, names.steps, names.deleted, newest_term, dict(claims), dict(found))
+        read = {ref: found[ref] for ref in names.steps & found.keys() if found[ref] is not None}
+        history = History(storage, names.steps, names.deleted, newest_term, dict(claims), read)
         with suppress(Changed):
             _ = history.newest
             if history._settled(seen):
                 return history
-        seen = newest_term
+        seen, claims = newest_term, history._claims
     raise unsteady(storage)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from dscheck.commit.delete import clear, mark_deleted
-from dscheck.commit.history import History, read_history
+from dscheck.commit.history import read_history
 from dscheck.commit.listing import StepRef
 from dscheck.commit.pins import pinned
 from dscheck.commit.term import assert_newest
@@ -36,31 +36,43 @@ def falls_out(keep: Keep, records: Sequence[Record], pins: Collection[StepRef]) 
 
 
 class Retention:
-    """The rule of one root. Nothing read is read again. One thread at a time."""
+    """The rule of one root, kept from commit to commit. One thread at a time.
+
+    The root is listed at the first run of a term; from then on the steps that the job commits are told.
+    """
 
     def __init__(self, storage: Storage, keep: Keep) -> None:
         self._storage, self._keep = storage, keep
-        self._seen: History | None = None
+        self._term: Term | None = None
+        self._live: dict[StepRef, Record] = {}
         self._unfinished: set[StepRef] = set()
 
-    def run(self, term: Term, *, by: str, now: float) -> Deleted:
-        """What falls out is deleted, after a commit of the job that owns `term`. Source: docs/commit.md P26.
+    def run(self, term: Term, committed: Iterable[Record], *, by: str, now: float) -> Deleted:
+        """What falls out is deleted, after the job that owns `term` has committed these. Source: docs/commit.md P26.
 
         Raises SupersededError, and deletes nothing more, when a newer term exists; what the storage and a damaged root
         raise. What is left over then, the next run or `gc` deletes.
         """
+        self._learn(term, committed)
         for ref in sorted(self._unfinished):
             clear(self._storage, ref)
             self._unfinished.discard(ref)
-        self._seen = history = read_history(self._storage, self._seen)
-        records = [history.record(ref) for ref in history.visible]
         steps, nbytes = [], 0
-        for record in falls_out(self._keep, records, pinned(self._storage)):
+        live = [self._live[ref] for ref in sorted(self._live)]
+        for record in falls_out(self._keep, live, pinned(self._storage)):
             assert_newest(self._storage, term)
             ref = StepRef(record.step, record.term)
             mark_deleted(self._storage, record, by=by, now=now)
+            del self._live[ref]
             self._unfinished.add(ref)
             nbytes += clear(self._storage, ref)
             self._unfinished.discard(ref)
             steps.append(ref)
         return Deleted(tuple(steps), nbytes)
+
+    def _learn(self, term: Term, committed: Iterable[Record]) -> None:
+        if self._term != term:
+            history = read_history(self._storage)
+            self._live = {ref: history.record(ref) for ref in history.visible}
+            self._term = term
+        self._live |= {StepRef(record.step, record.term): record for record in committed}

@@ -134,7 +134,7 @@ class Coordinator:
         )
         publish(self._storage, record)
         self._committed = attempt.step
-        self._retainer.wake(term)
+        self._retainer.wake(term, record)
         return pack({"committed": record.committed})
 
     def _term_for(self, step: int) -> Term:

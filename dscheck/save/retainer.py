@@ -8,12 +8,13 @@ import socket
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dscheck.commit.retention import Retention
 from dscheck.config import Keep
 from dscheck.errors import SupersededError
-from dscheck.manifest.record import Term
+from dscheck.manifest.record import Record, Term
 from dscheck.storage.base import Storage
 
 log = logging.getLogger("dscheck")
@@ -31,7 +32,7 @@ class RetentionStats:
 
 
 class Retainer:
-    """Runs the rule after commits, one run at a time: a run sees all commits before it, so none is missed."""
+    """Runs the rule after commits, one run at a time, each for all commits since the last one."""
 
     def __init__(self, storage: Storage, keep: Keep | None) -> None:
         self.stats = RetentionStats()
@@ -39,14 +40,16 @@ class Retainer:
         self._retention = None if keep is None else Retention(storage, keep)
         self._lock = threading.Lock()
         self._term: Term | None = None
+        self._committed: list[Record] = []
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def wake(self, term: Term) -> None:
+    def wake(self, term: Term, record: Record) -> None:
         """The owner of `term` has committed a step. Returns at once, and never raises."""
         with self._lock:
             if self._retention is None or self._closed:
                 return
+            self._committed = [*self._committed, record] if self._term in (None, term) else [record]
             self._term = term
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="dscheck-retain", daemon=True)
@@ -66,17 +69,19 @@ class Retainer:
     def _work(self) -> None:
         while True:
             with self._lock:
-                term, self._term = self._term, None
+                term, committed = self._term, self._committed
+                self._term, self._committed = None, []
                 if term is None:
                     self._thread = None
                     return
-            self._run(term)
+            self._run(term, committed)
 
-    def _run(self, term: Term) -> None:
+    def _run(self, term: Term, committed: Sequence[Record]) -> None:
         assert self._retention is not None
         began = time.monotonic()
         try:
-            done = self._retention.run(term, by=f"retention on {socket.gethostname()}", now=time.time())
+            by = f"retention on {socket.gethostname()}"
+            done = self._retention.run(term, committed, by=by, now=time.time())
             self.stats.steps += len(done.steps)
             self.stats.bytes += done.bytes
         except SupersededError:

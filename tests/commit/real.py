@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator
 from functools import cache
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 from unittest.mock import patch
 
 from dscheck.errors import CheckpointNotFoundError, StorageError
 from dscheck.storage.base import Entry, ObjectWriter
-from tests.commit.explorer import ERROR, Actor, Get, Key, Look, Note, Put, Step, Store
+from tests.commit.explorer import ERROR, Actor, Delete, Get, Key, Look, Note, Put, Step, Store
 
 Tell = Callable[[str, Hashable], None]
 
@@ -56,8 +56,8 @@ class Replay:
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
         raise NotImplementedError
 
-    def delete(self, key: str) -> NoReturn:
-        raise AssertionError(f"the protocol deletes {key}")
+    def delete(self, key: str) -> None:
+        self._answer(Delete(name(key)))
 
     def _answer(self, step: Step) -> Any:
         if not self._answers:

@@ -6,6 +6,8 @@ A rollback has one more: the step that it went back to, from its claim on.
 from __future__ import annotations
 
 import itertools
+import os
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,10 +16,15 @@ from pathlib import Path
 import pytest
 
 from dscheck.commit import StepRef, read_history
+from dscheck.commit.gc import Collected, collect
+from dscheck.commit.retention import Retention
+from dscheck.config import Keep
 from dscheck.errors import SupersededError
+from dscheck.manifest.keys import plan_key
 from dscheck.manifest.record import Record
 from dscheck.storage import LocalStorage, MemoryStorage, Storage
-from dscheck.testing.faults import ALL, Crash, Fault, Faulty, Lands, after, before, crash_after
+from dscheck.testing.faults import ALL, MUTATING, Crash, Fault, Faulty, Lands, after, before, crash_after
+from dscheck.testing.posix import Disk
 from dscheck.testing.power import PowerCut
 from tests.commit.jobs import Job, assert_complete
 
@@ -153,3 +160,75 @@ def interrupted(root: Storage, hook: Callable[..., Fault], nth: int) -> tuple[li
     except SupersededError:
         assert ran
     return told, ran
+
+
+def deletions(storage: Storage) -> None:
+    """What retention and gc do in one root: keep two steps, collect an attempt, an old plan and an abandoned step."""
+    terms = read_history(storage)
+    Retention(storage, Keep(last=2)).run(terms.claim(terms.newest_term), (), by="retention", now=1e9)
+    collect(storage, by="gc", now=1e9, abandoned=True)
+
+
+def to_be_cleared(root: Storage) -> None:
+    first = Job.start(root)
+    for step in (100, 200, 300):
+        first.save(step)
+    first.write(400, 0)
+    second = Job.start(root, step=200)
+    for step in (210, 220):
+        second.save(step)
+    root.put_if_absent(plan_key(1, "ab" * 32), b"a plan of no step")
+
+
+def assert_cleared_or_on_the_way(root: Storage) -> None:
+    """The newest step is what it was, every step that shows is whole, and the next run finishes."""
+    history = read_history(root)
+    assert history.newest == StepRef(220, 2)
+    assert [ref.step for ref in history.visible if ref.step > 200] == [210, 220]
+    for ref in (*history.visible, *history.abandoned):
+        assert_complete(root, ref)
+
+
+@pytest.mark.parametrize("lands", ["none", "all"])
+@pytest.mark.parametrize("make", [MemoryStorage, PowerCut], ids=["crash", "power cut"])
+def test_after_each_operation_of_a_deletion_every_step_that_shows_is_whole(
+    make: Callable[[], Storage], lands: Lands
+) -> None:
+    """commit P25, P26, and C3"""
+    for k in itertools.count():
+        root = make()
+        to_be_cleared(root)
+        try:
+            deletions(Faulty(root, crash_after(k, lands=lands, counted=ALL if k % 2 else MUTATING)))
+        except Crash:
+            crashed = True
+        else:
+            crashed = False
+        for left in [root.cut(seed) for seed in range(3)] if isinstance(root, PowerCut) else [root]:
+            assert_cleared_or_on_the_way(left)
+            deletions(left)
+            assert_cleared_or_on_the_way(left)
+            assert [
+                entry.key for entry in left.list("steps/") if "/210/" not in entry.key if "/220/" not in entry.key
+            ] == []
+            assert collect(left, by="gc", now=1e9, abandoned=True) == Collected()
+        if not crashed and k % 2:
+            assert k > 15
+            break
+
+
+def test_a_power_cut_on_a_disk_after_each_call_of_a_deletion(tmp_path: Path) -> None:
+    """commit P25, and C3: what the kernel has not synced yet, a cut may lose, in any order."""
+    disk = Disk(str(tmp_path))
+    with disk.recording():
+        storage = LocalStorage(tmp_path / "run")
+        to_be_cleared(storage)
+        begun = len(disk.events)
+        deletions(storage)
+    for count in range(begun, len(disk.events) + 1):
+        for seed in range(2):
+            root = MemoryStorage()
+            for path, data in disk.after_cut(random.Random(seed), disk.events[:count]).items():
+                if not os.path.basename(path).startswith("."):
+                    root.put_if_absent(path.removeprefix("run/"), data)
+            assert_cleared_or_on_the_way(root)

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from dscheck.commit import StepRef, claim, publish, read_history
+from dscheck.commit.gc import collect
+from dscheck.commit.retention import Retention
+from dscheck.config import Keep
 from dscheck.errors import DscheckError, StorageError, SupersededError
-from dscheck.manifest.keys import data_key, record_key
+from dscheck.manifest.keys import data_key, deletion_key, record_key
 from dscheck.manifest.record import Tombstone, decode_record
 from dscheck.storage.base import Storage
 from tests.commit.explorer import Actor, Explored, Explorer, Note, Scenario, Store
@@ -66,6 +69,41 @@ def job(me: str, step: int, resume: int | None = None, fresh: bool = False) -> A
     return real(me, run)
 
 
+def keeper(me: str, term: int, step: int) -> Actor:
+    """It claimed its term long ago, and keeps one step."""
+
+    def run(storage: Replay, tell: Tell) -> None:
+        with suppress(DscheckError):
+            put_data(storage, step, term, me)
+            publish(storage, a_record(step, term, f"id-{term}", id=me))
+            tell("acknowledges", StepRef(step, term))
+            Retention(storage, Keep(last=1)).run(a_term(term), (), by=me, now=0.0)
+
+    return real(me, run)
+
+
+def back_to(parent: int, step: int) -> Actor:
+    """The owner of term 2, from its claim on, in as few steps as that takes."""
+
+    def run(storage: Replay, tell: Tell) -> None:
+        if storage.put_if_absent("terms/2.json", a_term(2, (1, parent)).encode()):
+            put_data(storage, step, 2, "job")
+            storage.put_if_absent(record_key(step, 2), a_record(step, 2, "id-2", id="job").encode())
+            tell("acknowledges", StepRef(step, 2))
+
+    return real("job", run)
+
+
+def gc(me: str) -> Actor:
+    """All of it, abandoned steps included."""
+
+    def run(storage: Replay, tell: Tell) -> None:
+        with suppress(DscheckError):
+            collect(storage, by=me, now=0.0, abandoned=True)
+
+    return real(me, run)
+
+
 def undertaker(term: int, step: int) -> Actor:
     """What gc does first: it takes the name of an attempt in an older term."""
 
@@ -96,6 +134,16 @@ class Seen(NamedTuple):
     parents: tuple[tuple[int, int] | None, ...]
 
 
+def marked(ref: StepRef, store: Store) -> bool:
+    return name(deletion_key(ref.step, ref.term)) in store
+
+
+def there(parent: tuple[int, int], store: Store) -> bool:
+    """Whether the step that a claim names is there."""
+    ref = StepRef(parent[1], parent[0])
+    return name(record_key(ref.step, ref.term)) in store and not marked(ref, store)
+
+
 class Promises:
     """S1 to S5 of docs/commit.md, read through the code itself; S6 is that it can be read. `first`: at the start."""
 
@@ -113,21 +161,31 @@ class Promises:
             return f"a term has two owners: {owners}"
         told = {note.about for note in notes if note.event == "acknowledges" and isinstance(note.about, StepRef)}
         for ref in told - now.shown:
-            if not self._claimed_after(ref, now):
+            if not marked(ref, after) and not self._claimed_after(ref, now):
                 return f"the acknowledged {ref} left the live history without a newer claim"
         if any(note.event == "finds nothing" for note in new) and not self._empty:
             return "a job finds no step in a root that never was without"
-        return self._moved(was, now, before) or self._told(after, new)
+        return self._moved(was, now, before, after) or self._told(after, new)
 
-    def _moved(self, was: Seen, now: Seen, before: Store) -> str | None:
+    def _moved(self, was: Seen, now: Seen, before: Store, after: Store) -> str | None:
         newest = now.newest
-        if len(now.parents) > len(was.parents) and (parent := now.parents[-1]):
-            return None if newest == StepRef(parent[1], parent[0]) else f"a claim of {parent} made {newest} newest"
-        if newest == was.newest:
+        claimed = now.parents[-1] if len(now.parents) > len(was.parents) else None
+        if claimed and there(claimed, before):
+            return None if newest == StepRef(claimed[1], claimed[0]) else f"a claim of {claimed} made {newest} newest"
+        if newest == was.newest or (was.newest and newest == self._without_its_claim(was.newest, now, after)):
             return None
-        if newest is None or name(record_key(newest.step, newest.term)) in before or any(now.parents[newest.term :]):
+        newer = any(parent and there(parent, after) for parent in now.parents[newest.term :]) if newest else False
+        if newest is None or name(record_key(newest.step, newest.term)) in before or newer:
             return f"newest went from {was.newest} to {newest}"
         return None
+
+    def _without_its_claim(self, gone: StepRef, now: Seen, after: Store) -> StepRef | None:
+        """What a claim had hidden that named the newest step, which was deleted before the claim's first record."""
+        naming = [number for number, parent in enumerate(now.parents, 1) if parent == (gone.term, gone.step)]
+        if not naming or not marked(gone, after):
+            return gone
+        left = {key: data for key, data in after.items() if key != name(f"terms/{naming[0]}.json")}
+        return read_history(Fixed(left)).newest
 
     def _claimed_after(self, ref: StepRef, seen: Seen) -> bool:
         began_anew = any(shown.term > ref.term for shown in seen.shown)
@@ -184,6 +242,24 @@ SCENARIOS = [
         "the first record of a fresh start, and two restarted jobs that look meanwhile",
         root(100, fresh=True),
         {"fresh": zombie("fresh", 2, 10), "one": job("one", 200), "two": job("two", 300)},
+    ),
+    Scenario(
+        "gc, a zombie and a restarted job",
+        root(100),
+        {"zombie": zombie("zombie", 1, 200), "job": job("job", 200), "gc": gc("gc")},
+    ),
+    Scenario(
+        "a job that keeps one step, one that goes back, and gc",
+        root(100),
+        {"zombie": keeper("zombie", 1, 200), "job": back_to(100, 110), "gc": gc("gc")},
+    ),
+    Scenario(
+        "a job that keeps one step, and one that starts beside it",
+        root(100),
+        {"zombie": keeper("zombie", 1, 200), "job": job("job", 300)},
+        faults=("lost", "ghost", "echo"),
+        fragile=("records",),
+        budget=1,
     ),
     Scenario(
         "two first jobs",

@@ -64,26 +64,27 @@ def numbered(root: Path, folder: str, pattern: str, *kinds: str) -> dict[tuple[i
     number, found = re.compile(pattern.replace("N", "(0|[1-9][0-9]*)"), re.ASCII), {}
     for path in (root / folder).glob("[!.]*"):
         check((match := number.fullmatch(path.name)) is not None, f"the name {path}")
-        found[tuple(map(int, match.groups()[::-1]))] = sealed(path.read_bytes(), *kinds)
+        key, body = tuple(map(int, match.groups()[::-1])), sealed(path.read_bytes(), *kinds)
+        found[key] = max(body, found.get(key, body), key=lambda one: one["kind"] == "deletion")
     return found
 
 
 def newest(root: Path) -> dict:
     """The record of the newest step: the greatest on the ancestry of the term that counts (docs/commit.md P16, P17)."""
-    records = numbered(root, "records", r"N-N\.json", "record", "tombstone")
+    records = numbered(root, "records", r"N-N(?:\.deleted)?\.json", "record", "tombstone", "deletion")
     terms = {number: term for (number,), term in numbered(root, "terms", r"N\.json", "term").items()}
     check(sorted(terms) == list(range(1, len(terms) + 1)), "a gap in the terms")
     for number, term in terms.items():
         check(term["term"] == number and (not term["parent"] or term["parent"]["term"] < number), f"term {number}")
     for key, record in records.items():
-        ours = record["kind"] == "tombstone" or record["term_id"] == terms.get(key[0], record)["id"]
+        ours = record["kind"] != "record" or record["term_id"] == terms.get(key[0], record)["id"]
         check(key == (record["term"], record["step"]) and key[0] in terms and ours, f"the term of record {key}")
     steps, live, limit = [key for key, record in records.items() if record["kind"] == "record"], [], math.inf
-    at = max([n for n, term in terms.items() if term["parent"] or n in dict(steps)], default=0)
+    parents = {n: (term["parent"]["term"], term["parent"]["step"]) for n, term in terms.items() if term["parent"]}
+    at = max([n for n in terms if parents.get(n) in steps or n in dict(steps)], default=0)
     while at:
         live += [key for key in steps if key[0] == at and key[1] <= limit]
-        parent = terms[at]["parent"] or {"term": 0, "step": 0}
-        at, limit = parent["term"], min(limit, parent["step"])
+        at, limit = parents.get(at, (0, 0))[0], min(limit, parents.get(at, (0, 0))[1])
     if not live:
         raise FileNotFoundError(f"no step in {root}")
     return records[max(live)]

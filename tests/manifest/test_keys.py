@@ -26,6 +26,8 @@ def test_keys_are_those_of_the_format() -> None:
     assert keys.files_key(300, 2) == "steps/300/2/files.arrow"
     assert keys.record_key(300, 2) == "records/300-2.json"
     assert keys.data_key(300, 2, 0).startswith(keys.attempt_prefix(300, 2))
+    assert keys.deletion_key(300, 2) == "records/300-2.deleted.json"
+    assert keys.pin_key(300, 2) == "pins/300-2.json"
 
 
 @given(numbers, numbers)
@@ -33,6 +35,11 @@ def test_listed_names_give_back_their_numbers(step: int, term: int) -> None:
     """format F4"""
     assert keys.parse_record_key(keys.record_key(step, term)) == (step, term)
     assert keys.parse_term_key(keys.term_key(term)) == term
+    assert keys.parse_deletion_key(keys.deletion_key(step, term)) == (step, term)
+    assert keys.parse_pin_key(keys.pin_key(step, term)) == (step, term)
+    assert keys.parse_attempt_key(keys.data_key(step, term, 7)) == (step, term)
+    assert keys.parse_attempt_key(keys.files_key(step, term)) == (step, term)
+    assert keys.parse_plan_key(keys.plan_key(term, "0f" * 32)) == term
 
 
 @pytest.mark.parametrize(
@@ -57,6 +64,9 @@ def test_other_spellings_of_a_number_are_no_record(name: str) -> None:
     """format F4"""
     assert keys.parse_record_key(f"records/{name}.json") is None
     assert keys.parse_record_key(f"records/{name}.json\n") is None
+    assert keys.parse_deletion_key(f"records/{name}.deleted.json") is None
+    assert keys.parse_pin_key(f"pins/{name}.json") is None
+    assert keys.parse_attempt_key(f"steps/{name.replace('-', '/')}/files.arrow") is None
 
 
 @pytest.mark.parametrize("key", ["terms/01.json", "terms/1.json.tmp", "term/1.json", "terms/+1.json", "terms/a/1.json"])

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from dscheck.commit.history import read_history
+from dscheck.commit.listing import StepRef
 from dscheck.manifest.arrow import decode_files
-from dscheck.manifest.keys import data_key, files_key, record_key
-from dscheck.manifest.record import Tombstone
+from dscheck.manifest.keys import data_key, deletion_key, files_key, record_key
+from dscheck.manifest.record import Deletion, Tombstone
 from dscheck.native import crc32c
 from dscheck.storage.local import LocalStorage
 from tests.manifest import plain_reader
@@ -233,6 +234,19 @@ def test_a_tombstone_is_no_step(tmp_path: Path) -> None:
     Step(100, 1, {}).write(tmp_path)
     put(tmp_path, record_key(200, 1), Tombstone(200, 1, "gc", 1.0).encode())
     assert read(tmp_path).record["step"] == 100
+
+
+def test_a_deleted_step_is_no_step_whatever_is_left_of_it(tmp_path: Path) -> None:
+    """format F107, F108"""
+    put_term(tmp_path, 1)
+    for step in (100, 200, 300):
+        Step(step, 1, {}).write(tmp_path)
+    put_term(tmp_path, 2, parent=(1, 300))
+    put(tmp_path, deletion_key(300, 1), Deletion(300, 1, "r300", "rm", 1.0).encode())
+    assert read(tmp_path).record["step"] == 200
+    assert read_history(LocalStorage(tmp_path)).newest == StepRef(200, 1)
+    (tmp_path / record_key(300, 1)).unlink()
+    assert read(tmp_path).record["step"] == 200
 
 
 def test_a_root_without_a_record_has_no_step(tmp_path: Path) -> None:

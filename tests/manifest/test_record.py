@@ -12,14 +12,39 @@ from typing import Any
 import pytest
 
 from dscheck.errors import CorruptCheckpointError, UnsupportedFormatError
-from dscheck.manifest.record import Counts, Digest, Record, Term, Tombstone, decode_record, decode_term
+from dscheck.manifest.record import (
+    Counts,
+    Deletion,
+    Digest,
+    Pin,
+    Record,
+    Term,
+    Tombstone,
+    decode_deletion,
+    decode_pin,
+    decode_record,
+    decode_term,
+)
 from dscheck.manifest.text import seal, unseal
 
 RECORD = Record(
-    300, 2, "t2", Digest(10, "a" * 64), Digest(20, "b" * 64), Counts(1, 2, 3, 4, 5), {"torch": "2.13"}, 1.5, 2.5, "r1"
+    *(300, 2, "t2", Digest(10, "a" * 64), Digest(20, "b" * 64), Counts(1, 2, 3, 4, 5)),
+    *({"torch": "2.13"}, 1.5, 2.5, "r1", {"loss": 0.5, "spike": None}),
 )
 TERM = Term(2, "t2", "t1", (1, 200), "host", 1.5)
 TOMBSTONE = Tombstone(300, 2, "gc on host", 3.5)
+DELETION = Deletion(300, 2, "r1", "rm on host", 4.5)
+PIN = Pin(300, 2, "the paper's", "host", 5.5)
+DECODE: dict[str, tuple[Any, str]] = {
+    "term": (decode_term, "terms/2.json"),
+    "record": (decode_record, "records/300-2.json"),
+    "tombstone": (decode_record, "records/300-2.json"),
+    "deletion": (decode_deletion, "records/300-2.deleted.json"),
+    "pin": (decode_pin, "pins/300-2.json"),
+}
+
+
+OBJECTS = {"term": TERM, "record": RECORD, "tombstone": TOMBSTONE, "deletion": DELETION, "pin": PIN}
 
 
 def changed(data: bytes, **members: Any) -> bytes:
@@ -59,6 +84,7 @@ def test_a_record_has_exactly_the_members_of_the_format() -> None:
         "versions": {"torch": "2.13"},
         "started": 1.5,
         "committed": 2.5,
+        "metrics": {"loss": 0.5, "spike": None},
     }
 
 
@@ -82,15 +108,35 @@ def test_a_term_and_a_tombstone_have_exactly_the_members_of_the_format() -> None
     assert tombstone == {**common, "kind": "tombstone", "step": 300, "term": 2, "by": "gc on host", "time": 3.5}
 
 
-@pytest.mark.parametrize(
-    "data", [RECORD.encode(), TOMBSTONE.encode(), TERM.encode()], ids=["record", "tombstone", "term"]
-)
+def test_a_deletion_and_a_pin_have_exactly_the_members_of_the_format() -> None:
+    """format F14, F107, F109"""
+    common = {"version": 1, "requires": [], "step": 300, "term": 2}
+    deletion, pin = json.loads(DELETION.encode()), json.loads(PIN.encode())
+    assert deletion.pop("sha256")
+    assert pin.pop("sha256")
+    assert deletion == {**common, "kind": "deletion", "id": "r1", "by": "rm on host", "time": 4.5}
+    assert pin == {**common, "kind": "pin", "note": "the paper's", "by": "host", "time": 5.5}
+    assert decode_deletion(DELETION.encode(), "records/300-2.deleted.json") == DELETION
+    assert decode_pin(PIN.encode(), "pins/300-2.json") == PIN
+
+
+def test_metrics_are_numbers_or_null() -> None:
+    """format F106"""
+    for wrong in ({"loss": "0.5"}, {"loss": True}, {"loss": [1]}, [], None, ...):
+        with pytest.raises(CorruptCheckpointError, match="metrics"):
+            decode_record(changed(RECORD.encode(), metrics=wrong), "records/300-2.json")
+    whole = decode_record(changed(RECORD.encode(), metrics={"n": 3}), "records/300-2.json")
+    assert isinstance(whole, Record)
+    assert whole.metrics == {"n": 3.0}
+
+
+@pytest.mark.parametrize("kind", DECODE)
 @pytest.mark.parametrize("members", [{"version": 2}, {"version": 0}, {"requires": ["codec"]}])
-def test_another_version_is_named_as_such(data: bytes, members: dict[str, Any]) -> None:
+def test_another_version_is_named_as_such(kind: str, members: dict[str, Any]) -> None:
     """format F15"""
-    decode, key = (decode_term, "terms/2.json") if b'"kind":"term"' in data else (decode_record, "records/300-2.json")
+    decode, key = DECODE[kind]
     with pytest.raises(UnsupportedFormatError, match="use a newer one") as caught:
-        decode(changed(data, **members), key)
+        decode(changed(OBJECTS[kind].encode(), **members), key)
     assert pickle.loads(pickle.dumps(caught.value)).key == key
 
 
@@ -109,7 +155,10 @@ def test_an_object_of_another_kind_is_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("key", ["records/301-2.json", "records/300-3.json", "terms/2.json", "records/0300-2.json"])
 def test_a_record_under_another_name_is_refused(key: str) -> None:
-    """format F22, F27"""
+    """format F22, F27, F107, F109"""
+    for kind in ("deletion", "pin"):
+        with pytest.raises(CorruptCheckpointError, match="name says another"):
+            DECODE[kind][0](OBJECTS[kind].encode(), key)
     for data in (RECORD.encode(), TOMBSTONE.encode()):
         with pytest.raises(CorruptCheckpointError, match="name says another"):
             decode_record(data, key)
@@ -137,6 +186,8 @@ WRONG = {
 MEMBERS = {
     "term": {"term": "count", "id": "text", "run": "text", "host": "text", "time": "number"},
     "tombstone": {"step": "count", "term": "count", "by": "text", "time": "number"},
+    "deletion": {"step": "count", "term": "count", "id": "text", "by": "text", "time": "number"},
+    "pin": {"step": "count", "term": "count", "note": "text", "by": "text", "time": "number"},
     "record": {
         "step": "count",
         "term": "count",
@@ -154,9 +205,8 @@ MEMBERS = {
 
 @pytest.mark.parametrize("kind", MEMBERS)
 def test_every_member_has_its_type(kind: str) -> None:
-    """format F14, F18, F22, F23, F25, F26, F27"""
-    data = {"term": TERM, "record": RECORD, "tombstone": TOMBSTONE}[kind].encode()
-    decode, key = (decode_term, "terms/2.json") if kind == "term" else (decode_record, "records/300-2.json")
+    """format F14, F18, F22, F23, F25, F26, F27, F107, F109"""
+    data, (decode, key) = OBJECTS[kind].encode(), DECODE[kind]
     for name, kind_of_member in {**MEMBERS[kind], "version": "count", "requires": "object", "kind": "text"}.items():
         for wrong in WRONG[kind_of_member]:
             if (name, wrong) == ("requires", []):
