@@ -84,7 +84,7 @@ class Settings:
     on_failure: a save failed in the background: "warn", or also "raise" at the next call.
     replicas: ranks claim one plain tensor: "equal" refuses them when they differ, "first" takes the lowest rank's.
     commit: "put-if-absent", or "single-writer" for a store without that condition, where only one job at a time may
-    write: docs/commit.md P26 to P29 say what it does not promise.
+    write: docs/commit.md P28 to P31 say what it does not promise.
     keep: which steps stay, a `Keep`, a number of last steps, or None for all; the others are deleted in the background
     after a commit.
     fresh: start a new history in a root that has commits, instead of refusing to save before a load.

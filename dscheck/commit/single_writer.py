@@ -1,4 +1,4 @@
-"""Commits where the store has no condition, as long as only one job writes there. Source: docs/commit.md P26 to P29."""
+"""Commits where the store has no condition, as long as only one job writes there. Source: docs/commit.md P28 to P31."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _no_condition(storage: Storage, seen: str) -> NoConditionError:
         f"{storage.url}: {seen}; this storage does not honour put-if-absent, on which every commit stands. Choose "
         'another root, or pass commit="single-writer" if only one job at a time ever writes to this one: dscheck then '
         "looks before it puts, and two jobs at once may both believe that they own a term, and replace what the other "
-        "one has committed (docs/commit.md P26 to P29)",
+        "one has committed (docs/commit.md P28 to P31)",
         url=storage.url,
         key="",
     )

@@ -32,7 +32,7 @@ def saved(root: Storage, step: int, **settings: object) -> None:
 
 @pytest.mark.filterwarnings("ignore:dscheck:RuntimeWarning")
 def test_a_store_without_condition_is_refused_and_the_error_says_what_to_choose_and_what_it_costs() -> None:
-    """commit P26, P4"""
+    """commit P28, P4"""
     root = Unconditional(MemoryStorage())
     saved(root, 1, commit="single-writer")
     before = keys(root)
@@ -55,7 +55,7 @@ class Telling(Unconditional):
 
 @pytest.mark.filterwarnings("ignore:dscheck:RuntimeWarning")
 def test_a_store_that_knows_is_refused_before_anything_is_put() -> None:
-    """commit P26"""
+    """commit P28"""
     root = Faulty(MemoryStorage())
     with pytest.raises(NoConditionError, match="this store looks first, and writes then"):
         saved(Telling(root), 1)
@@ -65,7 +65,7 @@ def test_a_store_that_knows_is_refused_before_anything_is_put() -> None:
 
 
 def test_a_look_comes_before_each_put_and_nothing_is_put_where_something_is() -> None:
-    """commit P27"""
+    """commit P29"""
     inner = Faulty(MemoryStorage())
     root = SingleWriter(Unconditional(inner))
     assert root.put_if_absent("records/1-1.json", b"first") is True
@@ -75,7 +75,7 @@ def test_a_look_comes_before_each_put_and_nothing_is_put_where_something_is() ->
 
 
 def test_a_look_that_fails_is_no_leave_to_put() -> None:
-    """commit P27: unknown is not absent (C15)."""
+    """commit P29: unknown is not absent (C15)."""
     inner = Faulty(MemoryStorage(), fail_at("read"))
     with pytest.raises(StorageError):
         SingleWriter(inner).put_if_absent("records/1-1.json", b"x")
@@ -83,7 +83,7 @@ def test_a_look_that_fails_is_no_leave_to_put() -> None:
 
 
 def test_a_condition_that_is_there_after_all_decides() -> None:
-    """commit P27"""
+    """commit P29"""
     inner = MemoryStorage()
     late = RivalBetween(inner, lambda: inner.put_if_absent("terms/1.json", b"rival"))
     assert SingleWriter(late).put_if_absent("terms/1.json", b"mine") is False
@@ -92,7 +92,7 @@ def test_a_condition_that_is_there_after_all_decides() -> None:
 
 @pytest.mark.parametrize("key", ["terms/*", "plans/*", "steps/*/files.arrow", "records/*"])
 def test_a_lost_answer_is_read_back(key: str) -> None:
-    """commit P27, P3, P11, and TRAPS 30: our own id means success."""
+    """commit P29, P3, P11, and TRAPS 30: our own id means success."""
     root = Unconditional(MemoryStorage())
     storage = SingleWriter(Faulty(root, lost_answer(key)))
     if key == "terms/*":
@@ -107,7 +107,7 @@ def test_a_lost_answer_is_read_back(key: str) -> None:
 
 
 def test_of_two_jobs_that_claim_at_once_both_believe_in_the_term_and_one_commits() -> None:
-    """commit P28: that is what is lost."""
+    """commit P30: that is what is lost."""
     root = Unconditional(MemoryStorage())
     jobs: list[Job] = []
 
@@ -143,7 +143,7 @@ class RivalBetween(Faulty):
 
 
 def test_a_job_that_was_superseded_stops_here_too() -> None:
-    """commit P27: of two that do not claim at once the newer one wins, as everywhere."""
+    """commit P29: of two that do not claim at once the newer one wins, as everywhere."""
     root = SingleWriter(Unconditional(MemoryStorage()))
     old = Job.start(root)
     old.save(1)
@@ -155,7 +155,7 @@ def test_a_job_that_was_superseded_stops_here_too() -> None:
 @pytest.mark.parametrize("lands", ["none", "half", "all"])
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
 def test_a_crash_at_any_operation_leaves_old_or_new(move: Move, lands: Lands) -> None:
-    """commit P29"""
+    """commit P31"""
     for k in itertools.count():
         root = Unconditional(MemoryStorage())
         committing = SingleWriter(root)
