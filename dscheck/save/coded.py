@@ -9,12 +9,14 @@ import numpy as np
 
 from dscheck.codec.encode import LEAST_BYTES, Encoded, Encoder, raw
 from dscheck.manifest.blocks import BlockTable, Codec, Crcs, StoredBlocks
+from dscheck.save.parts import Free
 from dscheck.snapshot import Chunk
 
 BATCH_BYTES = 16 << 20
 """Encoded at a time. Four times as much is in memory: planes, frames, what is joined of them, and the batch before."""
 
-Write = Callable[[bytes | memoryview], None]
+Write = Callable[[bytes | memoryview, Free | None], None]
+"""Appends bytes, which may be reused when it returns, or, with a `Free`, once that was called."""
 
 
 class CodedBlocks:
@@ -68,8 +70,12 @@ class CodedBlocks:
             self._put(encoded)
 
     def _put(self, encoded: Encoded) -> None:
-        self._write(encoded.data)
+        self._write(encoded.data, _dropped if isinstance(encoded.data, bytes) else None)
         self._stored.append(Encoded(b"", encoded.checksums, encoded.sizes, encoded.codecs))
+
+
+def _dropped() -> None:
+    """Of bytes that nobody else has, and that last as long as they are needed."""
 
 
 def write_coded(

@@ -18,6 +18,7 @@ from dscheck.errors import DscheckError, TornSnapshotError
 from dscheck.manifest.blocks import BlockTable, Codec
 from dscheck.save import coded
 from dscheck.save.coded import write_coded
+from dscheck.save.parts import Free
 from dscheck.save.trace import Trace
 from dscheck.save.write import DataFile
 from dscheck.snapshot import Chunk
@@ -94,7 +95,7 @@ def test_a_save_is_given_up_between_batches(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(coded, "BATCH_BYTES", 64 * BLOCK)
     written: list[int] = []
 
-    def write(data: bytes | memoryview) -> None:
+    def write(data: bytes | memoryview, free: Free | None) -> None:
         written.append(len(data))
         raise DscheckError("too late")
 
@@ -115,7 +116,7 @@ def test_nothing_reads_a_chunk_once_the_next_one_is_asked_for(monkeypatch: pytes
     monkeypatch.setattr(coded.Encoder, "encode", slowly)
     parts: list[bytes] = []
     data = HALVES[: 40 * BLOCK]
-    table = write_coded(lambda part: parts.append(bytes(part)), [reused(data, 8 * BLOCK)], [Codec.ZSTD], BLOCK, 2)
+    table = write_coded(lambda part, free: parts.append(bytes(part)), [reused(data, 8 * BLOCK)], [Codec.ZSTD], BLOCK, 2)
     assert decoded(b"".join(parts), table, [len(data)]) == [data.tobytes()]
 
 
@@ -129,7 +130,7 @@ def test_memory_is_that_of_a_few_batches_whatever_a_fragment_has(monkeypatch: py
 
     tracemalloc.start()
     try:
-        write_coded(lambda part: None, [chunks(HALVES)], [Codec.SHUFFLE_4], BLOCK, 2)
+        write_coded(lambda part, free: None, [chunks(HALVES)], [Codec.SHUFFLE_4], BLOCK, 2)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
