@@ -63,7 +63,7 @@ class ServesFiles(StorageConformance):
 
 
 @pytest.fixture(scope="module")
-def sftp_server() -> Iterator[str]:
+def sftp_server() -> str:
     pytest.importorskip("paramiko")
     asyncssh = pytest.importorskip("asyncssh")
 
@@ -79,11 +79,8 @@ def sftp_server() -> Iterator[str]:
     server = loop.run_until_complete(
         asyncssh.create_server(Server, "127.0.0.1", 0, server_host_keys=keys, sftp_factory=True)
     )
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    yield f"sftp://me:sftp-password@127.0.0.1:{server.get_port()}"
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join(10)
+    threading.Thread(target=loop.run_forever, daemon=True).start()  # its connections end with the process
+    return f"sftp://me:sftp-password@127.0.0.1:{server.get_port()}"
 
 
 class TestSftp(ServesFiles):
