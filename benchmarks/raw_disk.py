@@ -12,7 +12,7 @@ from dscheck.probe import Way, read_file, write_file
 
 WARM_BYTES = 4 << 20
 ONE_BLOCK = Way()
-WAYS = tuple(Way(True, mib << 20, threads) for mib in (1, 4, 16) for threads in (1, 2, 4))
+WAYS = tuple(Way(True, mib << 20, threads) for mib in (1, 4, 16) for threads in (1, 2, 4, 8))
 
 
 def write_direct(path: Path, nbytes: int, way: Way = ONE_BLOCK) -> bool:

@@ -12,11 +12,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from benchmarks.scale_layouts import Layout, Megatron, dense, fsdp, mixture, moe
 from dscheck.commit import put_plan
 from dscheck.commit.stored import StoredPlan
 from dscheck.layout.region import Region
-from dscheck.load.needs import needs_of, reads_of
+from dscheck.load.needs import needs_of
+from dscheck.load.reads import reads_of
 from dscheck.manifest.arrow import encode_plan
 from dscheck.manifest.record import Digest
 from dscheck.ranks.message import pack
@@ -132,7 +135,7 @@ def load(layout: Layout, folder: Path, head: Digest) -> dict[str, Any]:
     rank = layout.ranks // 2 + 1
     wanted = wants(layout, rank, index)
     needs, needs_s = timed(lambda: needs_of(plan, wanted))
-    reads, reads_s = timed(lambda: reads_of(needs, plan.block_bytes))
+    reads, reads_s = timed(lambda: reads_of(needs))
     peak = peak_bytes() - before
     nodes = [layout.ranks // NODE * part // 4 for part in range(4)]
     of_nodes = [_node_bytes(plan, layout, node, index) for node in nodes]
@@ -142,7 +145,7 @@ def load(layout: Layout, folder: Path, head: Digest) -> dict[str, Any]:
         "wanted": len(wanted),
         "needs": len(needs),
         "reads": len(reads),
-        "files": len({read.rank for read in reads}),
+        "files": len(np.unique(reads.file)),
         "open_s": open_s + index_s,
         "plan_s": needs_s,
         "reads_s": reads_s,
@@ -157,8 +160,8 @@ def _node_bytes(plan: StoredPlan, layout: Layout, node: int, index: dict[str, in
     """The index that the ranks of one node need together: the head, and each batch once."""
     directory, batches = plan.head.directory, set[int]()
     for rank in range(node * NODE, min((node + 1) * NODE, layout.ranks)):
-        for tensor, region, _ in wants(layout, rank, index):
-            batches.update(directory.find(tensor, region))
+        wanted = [(tensor, region) for tensor, region, _ in wants(layout, rank, index)]
+        batches.update(directory.find_each(wanted)[0].tolist())
     return plan.size - directory.nbytes + int(directory.size[sorted(batches)].sum())
 
 

@@ -5,6 +5,7 @@ python -m benchmarks.versus_rank SPEC, a Spec as JSON, under torchrun. The first
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -142,6 +143,7 @@ class Bench:
         self.line("raw", work, read, step)
 
     def load(self, contender: Contender, work: str, layout: Layout, *, saved: int, step: int) -> None:
+        gc.collect()  # the state that was loaded before: an optimizer refers to itself
         into = live(self.shapes, layout, self.mesh)
         into.clear()
         on_first_rank(self.evict)

@@ -58,10 +58,11 @@ MOST_METRICS, LONGEST_METRIC = 100, 100
 class Checkpointer:
     """Saves and loads one mapping of live state below one root.
 
-    `root`: a path, file:// or memory:// URL, or a Storage. `state`: names to modules, optimizers, anything with
-    `state_dict` and `load_state_dict`, tensors, DTensors, generators and plain data, nested; held by reference, read at
-    every save, written back in place by load. Settings: see `dscheck.config.Settings`; the defaults are those that
-    `dscheck probe` stored for the root, if it did. `ranks` replaces the ranks of the default process group, for tests.
+    `root`: a path, a URL that dscheck, a plug-in or fsspec serves (docs/storage.md), or a Storage; `storage_options` go
+    to what opens a URL, and are shown nowhere. `state`: names to modules, optimizers, anything with `state_dict` and
+    `load_state_dict`, tensors, DTensors, generators and plain data, nested; held by reference, read at every save,
+    written back in place by load. Settings: see `dscheck.config.Settings`; the defaults are those that `dscheck probe`
+    stored for the root, if it did. `ranks` replaces the ranks of the default process group, for tests.
 
     Construction and `load` are collective, on the main thread; `save` is called on all ranks with the same steps.
     Several saves may be under way. Leaving `with` cleanly waits for all of them; by an exception it tells the other
@@ -74,13 +75,14 @@ class Checkpointer:
         root: str | os.PathLike[str] | Storage,
         state: Mapping[str, Any],
         *,
+        storage_options: Mapping[str, Any] | None = None,
         ranks: Ranks | None = None,
         **settings: Any,
     ) -> None:
         checked = _settings(settings)
         if not isinstance(state, Mapping):
             raise ConfigError(f"the state is a mapping of names to what is to be saved, not a {type(state).__name__}")
-        self.storage = open_storage(root)
+        self.storage = open_storage(root, storage_options)
         self.settings = replace(checked, **(tuned(self.storage) | settings))
         self.state = state
         self._ranks = ranks or open_ranks(

@@ -10,6 +10,7 @@ from dscheck.errors import ConfigError
 WhenBusy = Literal["wait", "skip"]
 OnFailure = Literal["warn", "raise"]
 Replicas = Literal["equal", "first"]
+Commit = Literal["put-if-absent", "single-writer"]
 Auto = Literal["auto"]
 
 Mode = Literal["min", "max"]
@@ -52,6 +53,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "when_busy": (str,),
     "on_failure": (str,),
     "replicas": (str,),
+    "commit": (str,),
     "keep": (int, Keep, type(None)),
     "fresh": (bool,),
     "rng": (bool,),
@@ -81,6 +83,8 @@ class Settings:
     ranks.
     on_failure: a save failed in the background: "warn", or also "raise" at the next call.
     replicas: ranks claim one plain tensor: "equal" refuses them when they differ, "first" takes the lowest rank's.
+    commit: "put-if-absent", or "single-writer" for a store without that condition, where only one job at a time may
+    write: docs/commit.md P28 to P31 say what it does not promise.
     keep: which steps stay, a `Keep`, a number of last steps, or None for all; the others are deleted in the background
     after a commit.
     fresh: start a new history in a root that has commits, instead of refusing to save before a load.
@@ -105,6 +109,7 @@ class Settings:
     when_busy: WhenBusy = "wait"
     on_failure: OnFailure = "warn"
     replicas: Replicas = "equal"
+    commit: Commit = "put-if-absent"
     keep: Keep | int | None = None
     fresh: bool = False
     rng: bool = True
@@ -132,7 +137,8 @@ class Settings:
             raise ConfigError(f"keep={self.keep!r}: expected at least 1, or None to delete nothing")
         if not 0 < self.timeout_s <= LONGEST_S:
             raise ConfigError(f"timeout_s={self.timeout_s!r}: expected seconds, more than 0 and at most {LONGEST_S}")
-        for name, choices in (("when_busy", WhenBusy), ("on_failure", OnFailure), ("replicas", Replicas)):
+        choices_of = {"when_busy": WhenBusy, "on_failure": OnFailure, "replicas": Replicas, "commit": Commit}
+        for name, choices in choices_of.items():
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {get_args(choices)}")
         if not 4096 <= self.block_bytes <= 64 * MIB or self.block_bytes & (self.block_bytes - 1):

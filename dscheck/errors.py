@@ -7,6 +7,8 @@
     │   └── IncompleteCoverError                fragments that do not tile a tensor exactly once
     ├── StateMismatchError(ValueError)          the checkpoint holds another model than the live state
     ├── StorageError(OSError)                   the storage failed, after whatever retries it was given
+    │   ├── NoConditionError                    the store cannot create an object only where there is none
+    │   └── TransientStorageError               the same call may succeed later: throttled, reset, timed out
     ├── CheckpointNotFoundError(FileNotFoundError)   no such root, step or tensor
     │   └── StepVanishedError                   the step was deleted while it was loaded
     ├── CheckpointExistsError(FileExistsError)  the root has commits and nothing was loaded from it
@@ -69,6 +71,14 @@ class StateMismatchError(DscheckError, ValueError):
 
 class StorageError(DscheckError, OSError):
     """The storage failed. `url` and `key` say where; the cause is chained."""
+
+
+class NoConditionError(StorageError):
+    """The store has no put-if-absent, on which every commit stands, and `commit="single-writer"` was not chosen."""
+
+
+class TransientStorageError(StorageError):
+    """The storage refused for now, or did not answer: the same call may succeed later."""
 
 
 class CheckpointNotFoundError(DscheckError, FileNotFoundError):

@@ -15,6 +15,17 @@ settings.register_profile("dscheck", deadline=None, print_blob=True, derandomize
 settings.load_profile("dscheck")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--heavy", action="store_true", help="run what is marked as heavy, and nothing else")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    heavy = config.getoption("--heavy")
+    kept = [item for item in items if (item.get_closest_marker("heavy") is not None) == heavy]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is None:
         return

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dscheck.errors import ConfigError, DscheckError
+
+if TYPE_CHECKING:
+    from dscheck.storage import Storage
 
 app = typer.Typer(
     name="dscheck",
@@ -18,17 +21,26 @@ app = typer.Typer(
 )
 
 Root = Annotated[str, typer.Argument(help="A directory or URL that a Checkpointer saves to.", show_default=False)]
+Options = Annotated[
+    str | None,
+    typer.Option(
+        "--storage-options",
+        envvar="DSCHECK_STORAGE_OPTIONS",
+        help="What opens the root's URL besides, as a JSON object. Other users of this host see it here, not in there.",
+        show_default=False,
+    ),
+]
 Step = Annotated[int | None, typer.Argument(help="The step; the newest committed one by default.", show_default=False)]
 NAMED = "A step, such as 300; one that is abandoned with its term, such as 300-2."
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command()
-def ls(root: Root, json: Json = False) -> None:
+def ls(root: Root, json: Json = False, options: Options = None) -> None:
     """List the steps: when each was committed, its size, its ranks and how long it took."""
     from dscheck.cli.ls import show
 
-    show(root, json)
+    show(_opened(root, options), json)
 
 
 @app.command()
@@ -39,19 +51,20 @@ def inspect(
         str | None, typer.Option(help="Show the fragments of this tensor: who holds and who wrote what.")
     ] = None,
     json: Json = False,
+    options: Options = None,
 ) -> None:
     """Show the tensors of a step, or the fragments of one tensor."""
     from dscheck.cli.inspect import show
 
-    show(root, step, tensor, json)
+    show(_opened(root, options), step, tensor, json)
 
 
 @app.command()
-def verify(root: Root, step: Step = None, json: Json = False) -> None:
+def verify(root: Root, step: Step = None, json: Json = False, options: Options = None) -> None:
     """Read every block of a step and list what is damaged. Exit code 1 when anything is."""
     from dscheck.cli.verify import show
 
-    if not show(root, step, json):
+    if not show(_opened(root, options), step, json):
         raise typer.Exit(1)
 
 
@@ -66,11 +79,12 @@ def plan(
     only: Annotated[list[str] | None, typer.Option(help="Only tensors below this name, such as model.")] = None,
     gb_per_s: Annotated[float | None, typer.Option(help="What one rank reads a second: says how long.")] = None,
     json: Json = False,
+    options: Options = None,
 ) -> None:
     """Say what each rank of another layout would read. Tensors are cut by the rule of docs/plan.md."""
     from dscheck.cli.plan import show
 
-    show(root, step, to, cut or (), only or (), gb_per_s, json)
+    show(_opened(root, options), step, to, cut or (), only or (), gb_per_s, json)
 
 
 @app.command()
@@ -87,6 +101,19 @@ def probe(
     show(root, size, seconds, keep, json)
 
 
+def _opened(root: str, options: str | None) -> Storage:
+    """The storage of a root. Raises ConfigError; what was given as options is not repeated."""
+    from json import loads
+
+    from dscheck.storage import open_storage
+
+    try:
+        parsed = loads(options) if options else None
+    except ValueError:
+        raise ConfigError("--storage-options, or DSCHECK_STORAGE_OPTIONS: expected a JSON object") from None
+    return open_storage(root, parsed)
+
+
 @app.command()
 def gc(
     root: Root,
@@ -98,11 +125,12 @@ def gc(
         float, typer.Option(min=0, help="Hours after which an unfinished upload or temporary file has no writer.")
     ] = 24.0,
     json: Json = False,
+    options: Options = None,
 ) -> None:
     """Delete what no step needs: attempts that failed, remains of deleted steps, plans that no step names."""
     from dscheck.cli.gc import show
 
-    show(root, dry_run, abandoned, safe_age_h, json)
+    show(_opened(root, options), dry_run, abandoned, safe_age_h, json)
 
 
 @app.command()
@@ -112,11 +140,12 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Also pinned steps, and the newest one.")] = False,
     json: Json = False,
+    options: Options = None,
 ) -> None:
     """Delete steps."""
     from dscheck.cli.rm import show
 
-    show(root, steps, yes, force, json)
+    show(_opened(root, options), steps, yes, force, json)
 
 
 @app.command()
@@ -125,11 +154,12 @@ def pin(
     step: Annotated[str, typer.Argument(help=NAMED, show_default=False)],
     remove: Annotated[bool, typer.Option("--remove", help="Remove the pin.")] = False,
     note: Annotated[str, typer.Option(help="Why the step is kept.")] = "",
+    options: Options = None,
 ) -> None:
     """Keep a step whatever `keep`, `gc` and `rm` say."""
     from dscheck.cli.pin import show
 
-    show(root, step, remove, note)
+    show(_opened(root, options), step, remove, note)
 
 
 def main() -> None:

@@ -11,10 +11,10 @@ from dataclasses import asdict
 from dscheck.cli.text import size
 from dscheck.commit.gc import Collected, collect
 from dscheck.commit.listing import StepRef
-from dscheck.storage import open_storage
+from dscheck.storage import Storage, open_storage
 
 
-def show(root: str, dry_run: bool, abandoned: bool, safe_age_h: float, as_json: bool) -> None:
+def show(root: str | Storage, dry_run: bool, abandoned: bool, safe_age_h: float, as_json: bool) -> None:
     """Collect and print what went, or, in a dry run, what would. Raises what `collect` does."""
     found = collect(
         open_storage(root),

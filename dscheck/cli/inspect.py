@@ -13,9 +13,10 @@ from dscheck.cli.step import open_step
 from dscheck.cli.text import console, ranks, size, table
 from dscheck.commit.contents import Contents
 from dscheck.errors import CheckpointNotFoundError
+from dscheck.storage.base import Storage
 
 
-def show(root: str, step: int | None, tensor: str | None, as_json: bool) -> None:
+def show(root: str | Storage, step: int | None, tensor: str | None, as_json: bool) -> None:
     """Print one row a tensor, or one a fragment of `tensor`. Raises CheckpointNotFoundError for a name that is not
     there.
     """

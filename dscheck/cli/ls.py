@@ -13,14 +13,15 @@ from dscheck.errors import CheckpointNotFoundError
 from dscheck.storage import Storage, open_storage
 
 
-def show(root: str, as_json: bool) -> None:
+def show(root: str | Storage, as_json: bool) -> None:
     """Print one row a step. Raises CheckpointNotFoundError when there is no root at all."""
-    rows = steps(root)
+    storage = open_storage(root)
+    rows = steps(storage)
     if as_json:
         print(json.dumps(rows, indent=2))
         return
     shown = table(
-        *(root, "step", "term", "history", "committed", "size", "tensors", "ranks", "took", "metrics", "pin"),
+        *(storage.url, "step", "term", "history", "committed", "size", "tensors", "ranks", "took", "metrics", "pin"),
         right=("step", "size", "took"),
     )
     for row in rows:
@@ -33,7 +34,7 @@ def show(root: str, as_json: bool) -> None:
         print("no steps yet")
 
 
-def steps(root: str) -> list[dict[str, Any]]:
+def steps(root: str | Storage) -> list[dict[str, Any]]:
     """What `ls` knows of each committed step, ascending; `history` is newest, live or abandoned."""
     storage = open_storage(root)
     history = read_history(storage)

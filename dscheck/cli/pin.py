@@ -10,13 +10,13 @@ from dscheck.commit.history import read_history
 from dscheck.commit.listing import StepRef, read_deletion
 from dscheck.commit.pins import pin, pinned, unpin
 from dscheck.errors import CheckpointNotFoundError, ConfigError
-from dscheck.storage import open_storage
+from dscheck.storage import Storage, open_storage
 
 LONGEST_NOTE = 1000
 """Characters: a pin is one small read."""
 
 
-def show(root: str, name: str, remove: bool, note: str) -> None:
+def show(root: str | Storage, name: str, remove: bool, note: str) -> None:
     """Pin the step, or remove its pin. Raises ConfigError, and CheckpointNotFoundError for a step without."""
     if len(note) > LONGEST_NOTE:
         raise ConfigError(f"--note has {len(note)} characters, at most {LONGEST_NOTE} expected")

@@ -14,12 +14,13 @@ from dscheck.commit.contents import Contents
 from dscheck.errors import ConfigError
 from dscheck.layout.recipe import Override, Recipe, parse_degrees
 from dscheck.load.forecast import Forecast, forecast
+from dscheck.storage.base import Storage
 
 LISTED = 5
 
 
 def show(
-    root: str,
+    root: str | Storage,
     step: int | None,
     to: str,
     cuts: Sequence[str],

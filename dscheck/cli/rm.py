@@ -21,7 +21,7 @@ from dscheck.manifest.record import Record
 from dscheck.storage import Storage, open_storage
 
 
-def show(root: str, names: Sequence[str], yes: bool, force: bool, as_json: bool) -> None:
+def show(root: str | Storage, names: Sequence[str], yes: bool, force: bool, as_json: bool) -> None:
     """Delete the steps, all of which must be there and may go. Raises ConfigError when not; aborts at a "no"."""
     storage = open_storage(root)
     records = _chosen(storage, names, force)

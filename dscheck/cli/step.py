@@ -5,10 +5,10 @@ from __future__ import annotations
 from dscheck.commit.contents import Contents
 from dscheck.commit.history import read_history
 from dscheck.errors import CheckpointNotFoundError
-from dscheck.storage import open_storage
+from dscheck.storage import Storage, open_storage
 
 
-def open_step(root: str, step: int | None) -> Contents:
+def open_step(root: str | Storage, step: int | None) -> Contents:
     """The contents of `step`, or of the newest one. Raises CheckpointNotFoundError when there is none."""
     storage = open_storage(root)
     record = read_history(storage).resolve(step)

@@ -9,9 +9,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from dscheck.cli.step import open_step
 from dscheck.cli.text import console, size, table
 from dscheck.commit.verify import verify
+from dscheck.storage.base import Storage
 
 
-def show(root: str, step: int | None, as_json: bool) -> bool:
+def show(root: str | Storage, step: int | None, as_json: bool) -> bool:
     """Print what is damaged; whether nothing is. Raises what makes the step unreadable as a whole."""
     contents = open_step(root, step)
     columns = (TextColumn("verify step {task.fields[step]}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

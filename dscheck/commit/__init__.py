@@ -3,10 +3,12 @@
 from dscheck.commit.history import History, read_history
 from dscheck.commit.listing import StepRef
 from dscheck.commit.publish import await_record, check_files, publish, put_files, put_plan
+from dscheck.commit.single_writer import SingleWriter
 from dscheck.commit.term import assert_newest, claim, confirm
 
 __all__ = [
     "History",
+    "SingleWriter",
     "StepRef",
     "assert_newest",
     "await_record",

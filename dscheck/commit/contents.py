@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dscheck.commit.stored import ADVICE, StoredPlan, read_digested
+from dscheck.commit.parts import Direct, Fetch, Part
+from dscheck.commit.stored import ADVICE, StoredPlan, proved
 from dscheck.errors import CorruptCheckpointError, IncompleteCoverError, LayoutError
 from dscheck.layout.cover import prove_cover
 from dscheck.manifest.arrow import decode_files
@@ -44,13 +45,20 @@ class Contents:
     record: Record
     plan: StoredPlan
     files: tuple[FileRow, ...]
+    fetch: Fetch
 
     @classmethod
-    def open(cls, storage: Storage, record: Record) -> Contents:
-        """Two reads. Raises CorruptCheckpointError, or CheckpointNotFoundError for an object that is gone."""
-        plan = StoredPlan(storage, record.term, record.plan)
+    def open(cls, storage: Storage, record: Record, fetch: Fetch | None = None) -> Contents:
+        """Two reads. Raises CorruptCheckpointError, or CheckpointNotFoundError for an object that is gone.
+
+        `fetch` brings all that several ranks may want, one call each: the plan's head, the table of files, what
+        `plan.overlapping`, `ours` and `checksums` need; the storage itself does without it.
+        """
+        fetch = fetch or Direct(storage)
+        plan = StoredPlan(storage, record.term, record.plan, fetch)
         files_name = files_key(record.step, record.term)
-        files = decode_files(read_digested(storage, files_name, 0, record.files.size, record.files.sha256), files_name)
+        (data,) = proved(storage.url, [(Part(files_name, 0, record.files.size), record.files.sha256)], fetch)
+        files = decode_files(data, files_name)
         try:
             validate_files(files, plan.head.file_ends)
         except LayoutError as error:
@@ -58,7 +66,7 @@ class Contents:
             raise CorruptCheckpointError(
                 f"{storage.url}/{files_name}: {lost or error}; {ADVICE}", key=files_name
             ) from error
-        return cls(storage, record, plan, tuple(files))
+        return cls(storage, record, plan, tuple(files), fetch)
 
     @property
     def head_bytes(self) -> int:
@@ -71,18 +79,19 @@ class Contents:
 
     def mine(self, rank: int) -> Mapping[str, Any]:
         """The objects that belong to one saved rank alone, tagged."""
-        return self._objects(rank, self.files[rank].mine)[0]
+        (data,) = self._extents([(rank, self.files[rank].mine)], Direct(self.storage))
+        return decode_objects(data, self.key(rank))[0]
 
-    def ours(self, rank: int) -> tuple[dict[str, Any], Options]:
-        """The objects and optimizer options of one saved rank, tagged."""
-        return self._objects(rank, self.files[rank].ours)
+    def ours(self, ranks: Sequence[int]) -> dict[int, tuple[dict[str, Any], Options]]:
+        """The objects and optimizer options of these saved ranks, tagged."""
+        texts = self._extents([(rank, self.files[rank].ours) for rank in ranks], self.fetch)
+        return {rank: decode_objects(text, self.key(rank)) for rank, text in zip(ranks, texts, strict=True)}
 
-    def checksums(self, ranks: Iterable[int]) -> dict[int, NDArray[np.uint32]]:
+    def checksums(self, ranks: Sequence[int]) -> dict[int, NDArray[np.uint32]]:
         """The CRC32C of every block in the data files of these ranks, in block order."""
-        return {rank: np.frombuffer(self._extent(rank, self.files[rank].checksums), "<u4") for rank in ranks}
+        found = self._extents([(rank, self.files[rank].checksums) for rank in ranks], self.fetch)
+        return {rank: np.frombuffer(data, "<u4") for rank, data in zip(ranks, found, strict=True)}
 
-    def _objects(self, rank: int, extent: Extent) -> tuple[dict[str, Any], Options]:
-        return decode_objects(self._extent(rank, extent), self.key(rank))
-
-    def _extent(self, rank: int, extent: Extent) -> bytes:
-        return read_digested(self.storage, self.key(rank), extent.offset, extent.size, extent.sha256)
+    def _extents(self, extents: Sequence[tuple[int, Extent]], fetch: Fetch) -> Iterator[bytes]:
+        parts = [(Part(self.key(rank), extent.offset, extent.size), extent.sha256) for rank, extent in extents]
+        return proved(self.storage.url, parts, fetch)

@@ -6,7 +6,11 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
+from dscheck.commit.parts import Direct, Fetch, Part
 from dscheck.errors import CorruptCheckpointError, LayoutError
+from dscheck.layout.boxes import Ints, joined
 from dscheck.layout.region import Region
 from dscheck.manifest.arrow import decode_batch, decode_head, refusing
 from dscheck.manifest.fragments import Fragments
@@ -18,44 +22,50 @@ from dscheck.storage.base import Storage
 
 ADVICE = "the object is damaged: load an earlier step, or run `dscheck verify`"
 
-READ_BYTES = 8 << 20
-GAP_BYTES = 64 << 10
-"""Batches are read together up to the first, where no more than the second lies between them unread."""
+
+def proved(url: str, parts: Sequence[tuple[Part, str]], fetch: Fetch) -> Iterator[bytes]:
+    """The bytes of parts, each with its SHA-256, once they are proved; fetched at the call.
+
+    Raises CorruptCheckpointError.
+    """
+    return _proved(url, parts, fetch([part for part, _ in parts]))
 
 
-def read_digested(storage: Storage, key: str, offset: int, size: int, sha256: str) -> bytes:
-    """`size` bytes of `key` from `offset` on, proved by their SHA-256. Raises CorruptCheckpointError."""
-    data = storage.read(key, offset, size)
-    compare_digest(storage, key, offset, data, sha256)
-    return data
-
-
-def compare_digest(storage: Storage, key: str, offset: int, data: bytes, sha256: str) -> None:
-    """Raises CorruptCheckpointError unless `data`, read from `offset` of `key`, has this SHA-256."""
-    found = hashlib.sha256(data).hexdigest()
-    if found != sha256:
-        raise CorruptCheckpointError(
-            f"{storage.url}/{key}: SHA-256 {sha256} stored, {found} computed from {len(data)} bytes at {offset}; "
-            f"{ADVICE}",
-            key=key,
-            offset=offset,
-        )
+def _proved(url: str, parts: Sequence[tuple[Part, str]], fetched: Iterator[bytes]) -> Iterator[bytes]:
+    for (part, sha256), data in zip(parts, fetched, strict=True):
+        found = hashlib.sha256(data).hexdigest()
+        if found != sha256 or len(data) != part.size:
+            raise CorruptCheckpointError(
+                f"{url}/{part.key}: SHA-256 {sha256} stored, {found} computed from {len(data)} bytes at "
+                f"{part.offset}; {ADVICE}",
+                key=part.key,
+                offset=part.offset,
+            )
+        yield data
 
 
 class StoredPlan:
     """What a rank needs of a plan, each part proved by its digest before it is decoded.
 
-    `bytes_read` counts the head and the batches. Not for several threads.
+    Not for several threads.
     """
 
-    def __init__(self, storage: Storage, term: int, digest: Digest) -> None:
-        """One read. Raises CorruptCheckpointError, or CheckpointNotFoundError for an object that is gone."""
+    def __init__(self, storage: Storage, term: int, digest: Digest, fetch: Fetch | None = None) -> None:
+        """One read. Raises CorruptCheckpointError, or CheckpointNotFoundError for an object that is gone.
+
+        `fetch` brings the head, and what `overlapping` needs; the storage itself does without it.
+        """
         self.key = plan_key(term, digest.sha256)
-        self._storage, self._behind = storage, digest.size
-        data = read_digested(storage, self.key, 0, digest.size, digest.sha256)
+        self._url, self._behind, self._direct = storage.url, digest.size, Direct(storage)
+        self._fetch = fetch or self._direct
+        (data,) = proved(self._url, [(Part(self.key, 0, digest.size), digest.sha256)], self._fetch)
         self.head: Head = decode_head(data, self.key)
-        self.bytes_read = digest.size
         self._rules = BatchRules(self.head)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the head and the batches, without what `fetch` has brought."""
+        return self._direct.nbytes
 
     @property
     def tensors(self) -> tuple[TensorRow, ...]:
@@ -82,28 +92,30 @@ class StoredPlan:
         """The tensor's index by every name that it has."""
         return {name: i for i, tensor in enumerate(self.tensors) for name in tensor.names}
 
-    def overlapping(self, wanted: Sequence[tuple[int, Region]]) -> list[Fragments]:
-        """For each tensor and region of it the fragments that share an element with it, by start.
-
-        Reads the batches that may hold some, each once. Raises CorruptCheckpointError.
-        """
+    def overlapping(self, wanted: Sequence[tuple[int, Region]]) -> tuple[Fragments, Ints]:
+        """As of a plan in memory. Reads the batches that may hold some, each once. Raises CorruptCheckpointError."""
+        asked, want = self.head.directory.find_each(wanted)
         asking: dict[int, list[int]] = defaultdict(list)
-        for number, (tensor, region) in enumerate(wanted):
-            for batch in self.head.directory.find(tensor, region):
-                asking[batch].append(number)
-        found: list[list[Fragments]] = [[] for _ in wanted]
-        for batch, rows in self._read(sorted(asking)):
+        for batch, number in zip(asked.tolist(), want.tolist(), strict=True):
+            asking[batch].append(number)
+        parts: list[Fragments] = []
+        numbers: list[Ints] = []
+        for batch, rows in self._read(list(asking), self._fetch):
             for number in asking[batch]:
-                found[number].append(rows.overlapping(*wanted[number]))
-        overlaps = [Fragments.joined(parts) for parts in found]
+                found = rows.overlapping(*wanted[number])
+                parts.append(rows.take(found))
+                numbers.append(np.full(len(found), number))
+        want = joined(numbers, np.int64)
+        order = np.argsort(want, kind="stable")
+        rows = Fragments.joined(parts).take(order)
         with refusing(self.key):
-            self._rules.check_rows(Fragments.joined([*overlaps]))
-        return overlaps
+            self._rules.check_rows(rows)
+        return rows, want[order]
 
     def fragments_of(self, tensor: int) -> Fragments:
         """All fragments of one tensor, by start."""
         parts = []
-        for rows in self._checked(self.head.directory.find(tensor, None)):
+        for rows in self._checked(self.head.directory.find(tensor)):
             begin, end = rows.rows_of(tensor)
             parts.append(rows[begin:end])
         return Fragments.joined(parts)
@@ -114,7 +126,7 @@ class StoredPlan:
 
     def whole(self) -> Plan:
         """All of it in memory, some 80 bytes a fragment, with every rule checked."""
-        rows = Fragments.joined([rows for _, rows in self._read(range(len(self.head.directory)))])
+        rows = Fragments.joined([rows for _, rows in self._read(range(len(self.head.directory)), self._direct)])
         plan = Plan(self.tensors, rows, self.ranks, self.holders, self.block_bytes)
         with refusing(self.key):
             plan.validate()
@@ -123,25 +135,18 @@ class StoredPlan:
         return plan
 
     def _checked(self, batches: Sequence[int]) -> Iterator[Fragments]:
-        for number, rows in self._read(batches):
+        for number, rows in self._read(batches, self._direct):
             with refusing(f"{self.key} batch {number}"):
                 self._rules.check_batch(number, rows)
             yield rows
 
-    def _read(self, batches: Sequence[int]) -> Iterator[tuple[int, Fragments]]:
-        """These batches, ascending, those that lie near each other in one read."""
-        directory, at = self.head.directory, 0
-        offset = directory.offset[batches].tolist()
-        ends = (directory.offset + directory.size)[batches].tolist()
-        while at < len(batches):
-            begin, end = offset[at], at + 1
-            while end < len(batches) and offset[end] <= ends[end - 1] + GAP_BYTES and ends[end] <= begin + READ_BYTES:
-                end += 1
-            data = self._storage.read(self.key, self._behind + begin, ends[end - 1] - begin)
-            self.bytes_read += len(data)
-            for number, first, last in zip(batches[at:end], offset[at:end], ends[at:end], strict=True):
-                place, part = self._behind + first, data[first - begin : last - begin]
-                sha256 = directory.sha256[number].hex()
-                compare_digest(self._storage, self.key, place, part, sha256)
-                yield number, decode_batch(part, number, self.head, self._rules, self.key)
-            at = end
+    def _read(self, batches: Sequence[int], fetch: Fetch) -> Iterator[tuple[int, Fragments]]:
+        """These batches, ascending."""
+        directory = self.head.directory
+        places = zip(directory.offset[batches].tolist(), directory.size[batches].tolist(), batches, strict=True)
+        parts = [
+            (Part(self.key, self._behind + offset, size), directory.sha256[number].hex())
+            for offset, size, number in places
+        ]
+        for number, data in zip(batches, proved(self._url, parts, fetch), strict=True):
+            yield number, decode_batch(data, number, self.head, self._rules, self.key)

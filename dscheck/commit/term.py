@@ -7,10 +7,10 @@ import uuid
 from dataclasses import replace
 
 from dscheck.commit.once import put_once, read_if_there
-from dscheck.errors import CorruptCheckpointError, StorageError, SupersededError
+from dscheck.errors import CorruptCheckpointError, NoConditionError, StorageError, SupersededError
 from dscheck.manifest.keys import term_key
 from dscheck.manifest.record import Term, decode_term
-from dscheck.storage.base import Storage
+from dscheck.storage.base import MayLackCondition, Storage
 
 
 def claim(
@@ -27,10 +27,13 @@ def claim(
 
     With a parent the live history goes on from there at once; without one, with the first record (P16).
     `identity` is the claim's id, a new one by default.
-    Raises SupersededError, with id, term, host and time of the other claim, when that one was faster; StorageError
-    when the storage does not honour put-if-absent (P4), or fails: then the claim may still arrive, and this job has no
-    term.
+    Raises SupersededError, with id, term, host and time of the other claim, when that one was faster; NoConditionError
+    when the storage does not honour put-if-absent (P4); StorageError when it fails: then the claim may still arrive,
+    and this job has no term.
     """
+    lack = storage.lacks_condition() if isinstance(storage, MayLackCondition) else None
+    if lack is not None:
+        raise _no_condition(storage, lack)
     identity = identity or uuid.uuid4().hex
     term = Term(seen + 1, identity, run or identity, parent, host, now)
     key = term_key(term.term)
@@ -88,12 +91,18 @@ def _probe(storage: Storage, term: Term) -> None:
     key = term_key(term.term)
     rival = replace(term, id=uuid.uuid4().hex)
     if storage.put_if_absent(key, rival.encode()) or decode_term(storage.read(key), key).id != term.id:
-        raise StorageError(
-            f"{storage.url}/{key}: a second put of the same key won as well; this storage does not honour "
-            "put-if-absent, on which every commit stands: choose another root",
-            url=storage.url,
-            key=key,
-        )
+        raise _no_condition(storage, "a second put of the same key won as well")
+
+
+def _no_condition(storage: Storage, seen: str) -> NoConditionError:
+    return NoConditionError(
+        f"{storage.url}: {seen}; this storage does not honour put-if-absent, on which every commit stands. Choose "
+        'another root, or pass commit="single-writer" if only one job at a time ever writes to this one: dscheck then '
+        "looks before it puts, and two jobs at once may both believe that they own a term, and replace what the other "
+        "one has committed (docs/commit.md P28 to P31)",
+        url=storage.url,
+        key="",
+    )
 
 
 def _superseded(storage: Storage, winner: Term, what: str) -> SupersededError:

@@ -43,7 +43,7 @@ def verify(contents: Contents, advance: Callable[[int], None]) -> Iterator[Damag
         key = contents.key(file.rank)
         try:
             yield from _verify_size(contents, file.rank)
-            contents.ours(file.rank)
+            contents.ours([file.rank])
             contents.mine(file.rank)
             mine = plan.fragments.take(order[ends[file.rank] : ends[file.rank + 1]])
             yield from _verify_blocks(contents, file.rank, mine, advance)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+
+import numpy as np
 
 from dscheck.commit.contents import Contents
 from dscheck.config import Settings
-from dscheck.load.needs import Need, Read, reads_of
+from dscheck.layout.boxes import Ints
+from dscheck.load.needs import Needs
 from dscheck.load.passing import Passing
 from dscheck.load.place import mark_written
-from dscheck.load.read import Checksums, Reader, Task
-from dscheck.load.share import Shared, decode, divided, encode, schedule, wanted
+from dscheck.load.read import Checksums, Reader
+from dscheck.load.reads import Reads, reads_of
+from dscheck.load.share import Shared, decode, divided, encode, schedule, table_of, wanted
 from dscheck.load.wire import Wire
 from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.storage.base import Storage
@@ -26,27 +30,29 @@ Agree = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """What one rank reads for itself, its needs of each range that it shares, and how many `rounds` all ranks have."""
+    """What one rank reads for itself, what it shares, each range with the read that places it here, and how many
+    `rounds` all ranks have.
+    """
 
-    private: list[Need]
-    parts: dict[Shared, tuple[Need, ...]]
+    private: Needs
+    shared: tuple[Shared, ...]
+    reads: Reads
     rounds: int
     passing: Passing | None
 
 
-def split(contents: Contents, needs: Sequence[Need], wire: Wire | None, deadline: float) -> Split:
+def split(contents: Contents, needs: Needs, wire: Wire | None, deadline: float) -> Split:
     """Agree with all ranks on who reads what. Collective, where there is a wire."""
-    block_bytes = contents.plan.block_bytes
-    if wire is None or block_bytes % WHOLE_ELEMENTS:
-        return Split(list(needs), {}, 0, None)
-    on_device = all(need.target.view.device.type != "cpu" for need in needs)
-    posts = wire.gather(bytes([on_device]) + encode(wanted(needs, block_bytes)), deadline)
+    if wire is None or contents.plan.block_bytes % WHOLE_ELEMENTS:
+        return Split(needs, (), divided(needs, table_of([]))[1], 0, None)
+    on_device = all(target.view.device.type != "cpu" for target in needs.targets)
+    posts = wire.gather(bytes([on_device]) + encode(wanted(needs)), deadline)
     shared = schedule([decode(post[1:]) for post in posts])
-    mine = [one for one in shared if wire.rank in one.members]
-    private, parts = divided(needs, [one.range for one in mine], block_bytes)
+    mine = tuple(one for one in shared if wire.rank in one.members)
+    private, reads = divided(needs, table_of([one.range for one in mine]))
     rounds = max((one.round for one in shared), default=-1) + 1
     passing = Passing(wire, shared, all(post[0] for post in posts), deadline) if rounds else None
-    return Split(private, {one: tuple(parts[one.range]) for one in mine}, rounds, passing)
+    return Split(private, mine, reads, rounds, passing)
 
 
 class Filling:
@@ -65,18 +71,15 @@ class Filling:
 
     def run(self, split: Split, wire: Wire | None, agree: Agree) -> None:
         """Read, pass on and place. Raises the first error, or DeadlineError; nothing is placed after it returned."""
-        ours = [one for one in split.parts if wire is not None and one.reader == wire.rank]
-        shared = [Task(self._read_of(one, split), kept=True) for one in ours]
-        private = [Task(read) for read in reads_of(split.private, self._contents.plan.block_bytes)]
-        tasks = _mixed(shared, private)
-        numbers = {id(task): number for number, task in enumerate(tasks)}
-        self.read = sum(task.read.stop - task.read.start for task in tasks)
-        self.once = sum(one.range.nbytes for one in ours)
-        self.once += sum(need.box.numel * ITEMSIZE[need.row.dtype] for need in split.private)
-        own = {one: numbers[id(task)] for one, task in zip(ours, shared, strict=True)}
+        ours = [at for at, one in enumerate(split.shared) if wire is not None and one.reader == wire.rank]
+        shared, private = split.reads.take(np.array(ours, np.int64)), reads_of(split.private)
+        order = _mixed(len(ours), len(private))
+        reads, kept = Reads.joined(shared, private).take(order), order < len(ours)
+        self.read, self.once = reads.nbytes, shared.nbytes + split.private.nbytes
+        own = dict(zip(ours, np.argsort(order)[: len(ours)].tolist(), strict=True))
         try:
             with Reader(
-                self._storage, self._contents, self._checksums, tasks, self._settings, self._deadline
+                self._storage, self._contents, self._checksums, reads, kept, self._settings, self._deadline
             ) as reader:
                 finished = reader.finished()
                 if split.passing is not None:
@@ -84,42 +87,41 @@ class Filling:
                 for _ in finished:
                     raise AssertionError("a read was kept for a round that there was not")
         finally:
-            mark_written(need for needs in (split.private, *split.parts.values()) for need in needs)
+            mark_written([*split.private.targets, *split.reads.needs.targets])
 
     def _pass_on(
         self,
         reader: Reader,
         finished: Iterator[int],
         split: Split,
-        own: dict[Shared, int],
+        own: dict[int, int],
         passing: Passing,
         agree: Agree,
     ) -> None:
         """Round by round: have what this rank reads, agree, exchange, place."""
-        by_round: dict[int, list[Shared]] = defaultdict(list)
-        for one in split.parts:
-            by_round[one.round].append(one)
+        by_round: dict[int, list[int]] = defaultdict(list)
+        for at, one in enumerate(split.shared):
+            by_round[one.round].append(at)
         there: set[int] = set()
         for number in range(split.rounds):
-            sent = [one for one in by_round[number] if one in own]
-            for one in sent:
-                while own[one] not in there:
+            sent = [at for at in by_round[number] if at in own]
+            for at in sent:
+                while own[at] not in there:
                     there.add(next(finished))
-                passing.offer(one, reader.bytes(own[one]))
+                passing.offer(split.shared[at], reader.bytes(own[at]))
             agree(number)
-            for one, data in passing.exchange([one for one in by_round[number] if one not in own]):
-                reader.place(self._read_of(one, split), data)
+            others = [at for at in by_round[number] if at not in own]
+            numbers = {split.shared[at]: at for at in others}
+            for one, data in passing.exchange(list(numbers)):
+                reader.place(split.reads[numbers[one]], data)
                 self.received += one.range.nbytes
-            for one in sent:
-                reader.release(own[one])
-
-    def _read_of(self, one: Shared, split: Split) -> Read:
-        return Read(one.range.file, one.range.start, one.range.stop, split.parts[one])
+            for at in sent:
+                reader.release(own[at])
 
 
-def _mixed(first: Sequence[Task], second: Sequence[Task]) -> list[Task]:
-    """Both in their own order, evenly: neither the disk nor the other ranks wait for all of the other kind."""
-    places = [
-        ((i + 0.5) / len(tasks), kind, i) for kind, tasks in enumerate((first, second)) for i in range(len(tasks))
-    ]
-    return [(first, second)[kind][i] for _, kind, i in sorted(places)]
+def _mixed(first: int, second: int) -> Ints:
+    """Tasks of two kinds, numbered one kind after the other, each in its own order and evenly: neither the disk nor
+    the other ranks wait for all of the other kind.
+    """
+    places = [(np.arange(count) + 0.5) / max(1, count) for count in (first, second)]
+    return np.argsort(np.concatenate(places), kind="stable")

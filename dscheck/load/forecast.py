@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dscheck.commit.contents import Contents
 from dscheck.layout.region import Region
-from dscheck.load.needs import needs_of, reads_of
-from dscheck.manifest.dtypes import ITEMSIZE
+from dscheck.load.needs import needs_of
+from dscheck.load.reads import reads_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,12 @@ def forecast(contents: Contents, wanted: Sequence[tuple[int, Region]]) -> Foreca
     before = plan.bytes_read
     needs = needs_of(plan, [(tensor, region, None) for tensor, region in wanted])
     index = contents.head_bytes + plan.bytes_read - before
-    reads = reads_of(needs, plan.block_bytes)
-    writers = {read.rank for read in reads}
+    reads = reads_of(needs)
+    writers = np.unique(reads.file).tolist()
     checksums = sum(contents.files[writer].checksums.size for writer in writers)
     return Forecast(
-        sum(region.numel * ITEMSIZE[plan.tensors[tensor].dtype] for tensor, region in wanted),
-        index + checksums + sum(read.stop - read.start for read in reads),
+        needs.nbytes,
+        index + checksums + reads.nbytes,
         len(writers),
         len(reads),
     )

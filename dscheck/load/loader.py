@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from dscheck.commit import read_history
@@ -25,12 +26,13 @@ from dscheck.errors import (
 )
 from dscheck.load.counted import Counted
 from dscheck.load.fill import Filling, Split, split
-from dscheck.load.needs import Need, needs_of
+from dscheck.load.index import HostIndex
+from dscheck.load.mail import NeighbourFailedError
+from dscheck.load.needs import Needs, needs_of
 from dscheck.load.read import Checksums
 from dscheck.load.report import LoadReport
 from dscheck.load.saved import saved_state
 from dscheck.load.wire import Wire
-from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.manifest.keys import record_key
 from dscheck.manifest.record import Record, decode_record
 from dscheck.ranks.base import Failed, Ok, Ranks
@@ -69,8 +71,9 @@ class Decision:
 class _Prepared(NamedTuple):
     contents: Contents
     restore: Restore
-    needs: list[Need]
+    needs: Needs
     checksums: Checksums
+    received: int
 
 
 class Loader:
@@ -122,6 +125,7 @@ class Loader:
         """Load `record` into the live state. Collective: returns on all ranks or raises on all."""
         self._loading = record
         prepared = self._act(lambda: self._prepare(request, record))
+        index_read = self._index.nbytes
         answer = self._exchange("prepared", Ok(pack(prepared.restore.unexpected)), _unexpected_everywhere)
         unexpected = tuple(unpack(answer))
         if unexpected and request.strict:
@@ -149,9 +153,11 @@ class Loader:
             missing=prepared.restore.missing,
             unexpected=unexpected,
             rng=rng,
-            bytes=sum(need.box.numel * ITEMSIZE[need.row.dtype] for need in prepared.needs),
+            bytes=prepared.needs.nbytes,
             bytes_read=read,
-            bytes_received=filling.received,
+            bytes_received=prepared.received + filling.received,
+            index_bytes_read=index_read,
+            index_bytes_received=prepared.received,
             bytes_read_by_all=read_by_all,
             bytes_wanted_once=once,
             seconds=time.monotonic() - self._began,
@@ -192,20 +198,20 @@ class Loader:
 
     def _prepare(self, request: Request, record: Record) -> _Prepared:
         """All that can be known before the first byte is placed: names, shapes, dtypes, cover. Touches nothing."""
-        contents = Contents.open(self._index, record)
-        saved = saved_state(contents, self._ranks.rank, self._ranks.size)
-        restore = self._live.prepare(saved, request.only, request.strict)
-        index = contents.plan.index()
-        targets = [target for target in restore.tensors if target.name in index]
-        _compare(targets, contents, index, request.convert_dtype)
-        needs = needs_of(
-            contents.plan, [(index[target.name], part.region, part) for target in targets for part in target.parts]
-        )
-        checksums = contents.checksums(sorted({need.fragment.writer for need in needs}))
-        return _Prepared(contents, restore, needs, checksums)
+        with HostIndex(self._index, self._wire, self._deadline) as index:
+            contents = Contents.open(self._index, record, index.fetch)
+            saved = saved_state(contents, self._ranks.rank, self._ranks.size)
+            restore = self._live.prepare(saved, request.only, request.strict)
+            numbers = contents.plan.index()
+            targets = [target for target in restore.tensors if target.name in numbers]
+            _compare(targets, contents, numbers, request.convert_dtype)
+            wanted = [(numbers[target.name], part.region, part) for target in targets for part in target.parts]
+            needs = needs_of(contents.plan, wanted)
+            checksums = contents.checksums(np.unique(needs.file).tolist())
+        return _Prepared(contents, restore, needs, checksums, index.received)
 
     def _fill(self, prepared: _Prepared, parts: Split) -> Filling:
-        for device in {need.target.view.device for need in prepared.needs} - {torch.device("cpu")}:
+        for device in {target.view.device for target in prepared.needs.targets} - {torch.device("cpu")}:
             torch.accelerator.synchronize(device)  # a step under way, on whatever stream, must not write over it
         filling = Filling(self._storage, prepared.contents, prepared.checksums, self._settings, self._deadline)
 
@@ -221,6 +227,10 @@ class Loader:
         """This rank's part before the next agreement; its failure ends that agreement for all."""
         try:
             return act()
+        except NeighbourFailedError:
+            if self._next is not None:
+                self._exchange(self._next, Ok(), _nothing)  # which ends by what that rank says of itself
+            raise
         except Exception as error:
             known = self._explained(error)
             if self._next is not None:

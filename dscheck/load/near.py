@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import mmap
 import os
-import platform
-import secrets
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
+from dscheck.load.memory import Address, new_memory, open_memory
+
 _HEAD_BYTES = 4096
 """Before the rounds: what proves that a mapping is the one that its owner means."""
-
-Address = bytes
-"""Of an arena: where other processes of the host find it; empty when there is none."""
 
 
 class Arena:
@@ -28,7 +22,7 @@ class Arena:
     def __init__(self, round_bytes: int) -> None:
         """Raises OSError where the system gives no such memory."""
         self._round_bytes = round_bytes
-        self._fd = os.memfd_create("dscheck-pass", os.MFD_CLOEXEC)
+        self._fd, self.address = new_memory("dscheck-pass")
         try:
             size = _HEAD_BYTES + 2 * round_bytes
             os.posix_fallocate(self._fd, 0, size)  # now, or its first use would end the process
@@ -36,9 +30,6 @@ class Arena:
         except BaseException:
             os.close(self._fd)
             raise
-        nonce = secrets.token_bytes(16)
-        self._bytes[: len(nonce)] = torch.frombuffer(bytearray(nonce), dtype=torch.uint8)
-        self.address: Address = json.dumps([_host(), os.getpid(), self._fd, nonce.hex()]).encode()
 
     def put(self, round: int, offset: int, data: torch.Tensor) -> None:
         """Put bytes of the host at `offset` of what this rank passes on in `round`."""
@@ -79,27 +70,13 @@ def open_arena(round_bytes: int) -> Arena | None:
 
 
 def _mapped(address: Address, size: int) -> torch.Tensor | None:
-    """The arena at `address`, or None for one of another host, or of a process that this one may not look into."""
-    if not address:
+    """The arena at `address`, or None where this process cannot reach it."""
+    fd = open_memory(address)
+    if fd is None:
         return None
-    host, pid, number, nonce = json.loads(address)
-    if host != _host():
-        return None
-    with contextlib.suppress(OSError, ValueError):
-        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
-        try:
-            found = torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
-        finally:
-            os.close(fd)
-        if found[:16].numpy().tobytes().hex() == nonce:
-            return found
-    return None
-
-
-def _host() -> list[str]:
-    """The same for two processes exactly if one's process id means the same to the other."""
     try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return [platform.node(), boot, os.readlink("/proc/self/ns/pid")]
-    except OSError:
-        return [platform.node(), secrets.token_hex(8), ""]
+        return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
+    except (OSError, ValueError):
+        return None
+    finally:
+        os.close(fd)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 
-from dscheck.load.needs import Need
+from dscheck.load.needs import Need, Needs, Source
 from dscheck.manifest.dtypes import ITEMSIZE
 from dscheck.snapshot.bits import bits
 from dscheck.state.placements import Part
@@ -20,31 +21,57 @@ element, and for each dimension its length and the steps in both, in bytes.
 _HOST = torch.device("cpu")
 
 
-def is_plain(need: Need) -> bool:
-    """Whether the stored bytes, as they are, belong to host memory at some strides."""
-    view: torch.Tensor = need.target.view
-    same = view.device == _HOST and view.dtype is torch_dtype(need.row.dtype)
+class Copies:
+    """How native code writes needs, in columns: those that are `plain`, whose stored bytes, as they are, belong to host
+    memory at some strides. All others are for torch.
+    """
+
+    def __init__(self, needs: Needs) -> None:
+        source, want = needs.source, needs.want
+        targets = _Targets(source)
+        self.plain = targets.plain[want]
+        first = ((needs.start - source.low[needs.fragment]) * source.strides[needs.fragment]).sum(axis=1)
+        self._source = source.rows.offset[needs.fragment] + first
+        self._target = targets.address[want] + ((needs.start - targets.low[want]) * targets.steps[want]).sum(axis=1)
+        self._itemsize = source.itemsize[needs.fragment]
+        shape = needs.stop - needs.start
+        self._axes = np.stack([shape, source.strides[needs.fragment], targets.steps[want]], axis=2)
+
+    def of(self, begin: int, end: int, start: int) -> list[Copy]:
+        """The plain ones of the needs [begin, end), out of bytes that begin at `start` of their data file."""
+        rows = begin + np.flatnonzero(self.plain[begin:end])
+        columns = self._source[rows] - start, self._target[rows], self._itemsize[rows], self._axes[rows]
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+class _Targets:
+    """Of each wanted region that something is needed of, its live memory, as columns: whether it is plain, the address
+    of its first element, its bounds and steps, in bytes.
+    """
+
+    def __init__(self, source: Source) -> None:
+        count, ndim = len(source.wanted), source.low.shape[1]
+        self.plain, self.address = np.zeros(count, np.bool_), np.zeros(count, np.int64)
+        self.low, self.steps = np.zeros((count, ndim), np.int64), np.zeros((count, ndim), np.int64)
+        for number in np.unique(source.want).tolist():
+            tensor, _, part = source.wanted[number]
+            dtype = source.tensors[tensor].dtype
+            if is_plain(part, dtype):
+                self.plain[number], self.address[number] = True, part.view.data_ptr()
+                self.low[number, : part.view.ndim] = part.region.start
+                self.steps[number, : part.view.ndim] = np.array(part.view.stride(), np.int64) * ITEMSIZE[dtype]
+
+
+def is_plain(part: Part, dtype: str) -> bool:
+    """Whether bytes of `dtype`, as they are, belong to its host memory at some strides."""
+    view = part.view
+    same = view.device == _HOST and view.dtype is torch_dtype(dtype)
     return same and view.layout is torch.strided and not view.is_conj() and not view.is_neg()
 
 
-def copy_of(need: Need, base: int) -> Copy:
-    """A plain need for native code; `base` is where its fragment would begin in the bytes read, maybe before them."""
-    part: Part = need.target
-    itemsize = ITEMSIZE[need.row.dtype]
-    stored = [step * itemsize for step in _row_major(need.fragment.region.shape)]
-    live = [step * itemsize for step in part.view.stride()]
-    source, target = base, part.view.data_ptr()
-    for start, outer, own, far, near in zip(
-        need.box.start, need.fragment.region.start, part.region.start, stored, live, strict=True
-    ):
-        source += (start - outer) * far
-        target += (start - own) * near
-    return source, target, itemsize, list(zip(need.box.shape, stored, live, strict=True))
-
-
-def mark_written(needs: Iterable[Need]) -> None:
-    """Autograd, and whoever watches version counters, sees that the host memory of `needs` has changed."""
-    views = {id(need.target): need.target.view for need in needs if need.target.view.device == _HOST}
+def mark_written(parts: Iterable[Part]) -> None:
+    """Autograd, and whoever watches version counters, sees that their host memory has changed."""
+    views = {id(part): part.view for part in parts if part.view.device == _HOST}
     torch.autograd.graph.increment_version([view for view in views.values() if not view.is_inference()])
 
 
@@ -64,7 +91,10 @@ class Deliveries:
     def start(
         self, buffer: torch.Tensor, needs: Sequence[tuple[Need, int]], over: Callable[[], object] = lambda: None
     ) -> None:
-        """Needs of `buffer` (bytes, on any device), each with its base as in `copy_of`; `over` is called by `tidy`."""
+        """Needs of `buffer` (bytes, on any device), each with where its fragment would begin there, maybe before.
+
+        `over` is called by `tidy`.
+        """
         for need, base in needs:
             device = need.target.view.device
             if device == _HOST:

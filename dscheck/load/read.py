@@ -6,8 +6,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -18,10 +17,13 @@ from dscheck.commit.contents import Contents
 from dscheck.commit.stored import ADVICE
 from dscheck.config import Settings
 from dscheck.errors import CorruptCheckpointError, DeadlineError, DscheckError, StorageError
-from dscheck.load.needs import Need, Read
-from dscheck.load.place import Copy, Deliveries, copy_of, is_plain
+from dscheck.layout.boxes import Bools
+from dscheck.load.needs import Need, Needs
+from dscheck.load.place import Copies, Copy, Deliveries, is_plain
+from dscheck.load.reads import Read, Reads
 from dscheck.native import File, NativeReader, place
-from dscheck.storage.base import LocalFiles, Storage
+from dscheck.state.placements import Part
+from dscheck.storage.base import LocalFiles, Requests, Storage
 
 Checksums = Mapping[int, NDArray[np.uint32]]
 Blocks = tuple[int, int, NDArray[np.uint32]]
@@ -40,14 +42,6 @@ PATIENCE_S, PATIENCE_FOR_DEVICES_S = 0.2, 0.001
 """How long to look away from signals, and from copies to a device."""
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One read, and whether its bytes are wanted once they are verified, besides by what it serves here."""
-
-    read: Read
-    kept: bool = False
-
-
 class Reader:
     """The reads of one load into live tensors, several at once, in this order. A first error stops the rest.
 
@@ -59,24 +53,28 @@ class Reader:
         storage: Storage,
         contents: Contents,
         checksums: Checksums,
-        tasks: Sequence[Task],
+        reads: Reads,
+        kept: Bools,
         settings: Settings,
         deadline: float,
     ) -> None:
+        """`kept`: the reads whose bytes are wanted once they are verified, besides by what they serve here."""
         self._storage = storage
-        self._contents, self._checksums, self._tasks, self._deadline = contents, checksums, tasks, deadline
+        self._contents, self._checksums, self._deadline = contents, checksums, deadline
+        self._reads, self._form = reads, _NativeForm(reads.needs)
         self._block_bytes = contents.plan.block_bytes
         self._deliveries = Deliveries()
         self._uses: Counter[int] = Counter()
         self._added = self._finished = 0
         self._file: tuple[int, File] | None = None
         self._error: BaseException | None = None
-        longest = max((task.read.stop - task.read.start for task in tasks), default=0)
+        longest = int((reads.stop - reads.start).max(initial=0))
         most = max(AT_ONCE, settings.read_memory_bytes // (longest + BUFFER_EXTRA_BYTES))
-        threads = min(settings.read_threads, most, len(tasks))
-        waits = any(task.kept or _delivered(task.read) for task in tasks)
-        buffers = min(most, len(tasks)) if waits else threads  # each costs its first touch
-        device = _page_locked_for(need for task in tasks for need in task.read.needs)
+        threads = min(_threads(storage, settings), most, len(reads))
+        self._kept, self._delivers = kept, self._form.delivers(reads)
+        waits = bool((kept | self._delivers).any())
+        buffers = min(most, len(reads)) if waits else threads  # each costs its first touch
+        device = _page_locked_for(reads.needs.targets)
         local = isinstance(storage, LocalFiles)
         self._native = NativeReader(threads if local else 0, buffers, longest, self._block_bytes, device)
         for number in range(0 if local else threads):
@@ -90,29 +88,29 @@ class Reader:
         self._deliveries.finish()
 
     def finished(self) -> Iterator[int]:
-        """The kept tasks, by number, as they are verified and placed, until all tasks are. Raises the first error, or
+        """The kept reads, by number, as they are verified and placed, until all reads are. Raises the first error, or
         DeadlineError on time.monotonic().
         """
-        while self._finished < len(self._tasks) or self._deliveries:
+        while self._finished < len(self._reads) or self._deliveries:
             self._add()
             number = self._next()
             if number is None:
                 continue
             self._finished += 1
-            task = self._tasks[number]
-            needs = _delivered(task.read)
-            if needs:
+            delivers, kept = bool(self._delivers[number]), bool(self._kept[number])
+            if delivers:
+                needs = _delivered(self._reads[number])
                 self._deliveries.start(self.bytes(number), needs, partial(self.release, number))
-            self._uses[number] = bool(needs) + task.kept
-            if task.kept:
+            self._uses[number] = delivers + kept
+            if kept:
                 yield number
 
     def bytes(self, number: int) -> torch.Tensor:
-        """The verified bytes of a kept task, on the host, until `release`."""
+        """The verified bytes of a kept read, on the host, until `release`."""
         return torch.from_numpy(self._native.buffer(number))
 
     def release(self, number: int) -> None:
-        """Give back the memory of a kept task."""
+        """Give back the memory of a kept read."""
         self._uses[number] -= 1
         if not self._uses[number]:
             self._native.release(number)
@@ -123,8 +121,9 @@ class Reader:
         """
         needs = _delivered(read)
         if data.is_cpu or len(needs) < len(read.needs):
-            blocks, copies = self._native_form(read)
-            damage = place(data.cpu().numpy(), self._block_bytes, blocks, copies)
+            form, every = _NativeForm(read.needs), slice(0, len(read.needs))
+            blocks = form.blocks(every, read.start, self._checksums[read.file])
+            damage = place(data.cpu().numpy(), self._block_bytes, blocks, form.copies(every, read.start))
             if damage is not None:
                 offset, stored, found = damage
                 raise self._corrupt(read, read.start + offset, stored, found)
@@ -133,29 +132,15 @@ class Reader:
             self._deliveries.tidy()
 
     def _add(self) -> None:
-        while self._added < len(self._tasks) and self._added - self._finished < AHEAD:
-            task = self._tasks[self._added]
-            read = task.read
-            blocks, copies = self._native_form(read)
-            kept = task.kept or len(copies) < len(read.needs)
-            self._native.add(self._open(read.rank), read.start, read.stop - read.start, blocks, copies, kept)
+        reads = self._reads
+        while self._added < len(reads) and self._added - self._finished < AHEAD:
+            at = self._added
+            file, start, stop = int(reads.file[at]), int(reads.start[at]), int(reads.stop[at])
+            needs = slice(int(reads.begin[at]), int(reads.end[at]))
+            blocks, copies = self._form.blocks(needs, start, self._checksums[file]), self._form.copies(needs, start)
+            kept = bool(self._kept[at] or self._delivers[at])
+            self._native.add(self._open(file), start, stop - start, blocks, copies, kept)
             self._added += 1
-
-    def _native_form(self, read: Read) -> tuple[list[Blocks], list[Copy]]:
-        copies = [copy_of(need, need.fragment.offset - read.start) for need in read.needs if is_plain(need)]
-        return self._blocks(read), copies
-
-    def _blocks(self, read: Read) -> list[Blocks]:
-        """What is to be verified, each block once."""
-        crcs, found, end = self._checksums[read.rank], [], -1
-        for need in sorted(read.needs, key=lambda need: need.fragment.first_block + need.first):
-            first = max(need.first, end - need.fragment.first_block)
-            if first < need.last:
-                start, stop = need.fragment.offset + first * self._block_bytes, need.extent(self._block_bytes)[1]
-                numbers = slice(need.fragment.first_block + first, need.fragment.first_block + need.last)
-                found.append((start - read.start, stop - start, crcs[numbers]))
-                end = numbers.stop
-        return found
 
     def _open(self, rank: int) -> File | None:
         storage = self._storage
@@ -191,8 +176,8 @@ class Reader:
         if fault is None:
             return
         number, offset, error, crcs = fault
-        read = self._tasks[number].read
-        storage, key = self._storage, self._contents.key(read.rank)
+        read = self._reads[number]
+        storage, key = self._storage, self._contents.key(read.file)
         if crcs is not None:
             raise self._corrupt(read, offset, *crcs)
         where = f"'{storage.url}/{key}'"
@@ -208,9 +193,10 @@ class Reader:
         )
 
     def _corrupt(self, read: Read, offset: int, stored: int, found: int) -> DscheckError:
-        block, key = self._block_bytes, self._contents.key(read.rank)
+        key = self._contents.key(read.file)
         where = f"'{self._storage.url}/{key}' at {offset}"
-        need = next(need for need in read.needs if need.extent(block)[0] <= offset < need.extent(block)[1])
+        start, stop = read.needs.extents()
+        need = read.needs[int(np.argmax((start <= offset) & (offset < stop)))]
         return CorruptCheckpointError(
             f"fragment '{need.row.name}' {need.fragment.region} of step {self._contents.record.step}: crc32c "
             f"{stored:#010x} stored, {found:#010x} read from {where}; {ADVICE}",
@@ -222,7 +208,7 @@ class Reader:
     def _late(self) -> DscheckError:
         url = self._storage.url
         return DeadlineError(
-            f"step {self._contents.record.step}: {len(self._tasks) - self._finished} of {len(self._tasks)} reads from "
+            f"step {self._contents.record.step}: {len(self._reads) - self._finished} of {len(self._reads)} reads from "
             f"{url} did not end in time",
             phase="read",
             waited_for=url,
@@ -233,20 +219,54 @@ class Reader:
         storage = self._storage
         try:
             while (number := self._native.next_to_fill(self._deadline)) is not None:
-                read = self._tasks[number].read
-                storage.read_into(self._contents.key(read.rank), read.start, self._native.buffer(number).data)
+                read = self._reads[number]
+                storage.read_into(self._contents.key(read.file), read.start, self._native.buffer(number).data)
                 self._native.filled(number)
         except BaseException as error:
             self._error = self._error or error
             self._native.stop()
 
 
+class _NativeForm:
+    """Needs as native code takes them, made for all of them at once."""
+
+    def __init__(self, needs: Needs) -> None:
+        self._copies = Copies(needs)
+        self._blocks = np.stack([*needs.blocks(), *needs.extents()], axis=1)
+
+    def delivers(self, reads: Reads) -> Bools:
+        """Of reads of these needs, which have some that torch is to write."""
+        before = np.append(0, np.cumsum(~self._copies.plain))
+        return before[reads.end] > before[reads.begin]
+
+    def copies(self, needs: slice, start: int) -> list[Copy]:
+        """What native code places of bytes that begin at `start` of their data file."""
+        return self._copies.of(needs.start, needs.stop, start)
+
+    def blocks(self, needs: slice, start: int, crcs: NDArray[np.uint32]) -> list[Blocks]:
+        """What is to be verified of these bytes, each block once."""
+        found, verified, verified_to = [], -1, 0
+        for first, last, begin, end in sorted(self._blocks[needs].tolist()):
+            if first < verified:
+                first, begin = verified, verified_to
+            if first < last:
+                found.append((begin - start, end - begin, crcs[first:last]))
+                verified, verified_to = last, end
+        return found
+
+
+def _threads(storage: Storage, settings: Settings) -> int:
+    """A read from afar mostly waits: there are as many at once as reach the storage's rate."""
+    return max(settings.read_threads, storage.requests_in_flight if isinstance(storage, Requests) else 0)
+
+
 def _delivered(read: Read) -> list[tuple[Need, int]]:
-    """What torch has to write, with bases as in `copy_of`."""
-    return [(need, need.fragment.offset - read.start) for need in read.needs if not is_plain(need)]
+    """What torch has to write, each with where its fragment would begin in the bytes read, maybe before them."""
+    found = (need for need in read.needs if not is_plain(need.target, need.row.dtype))
+    return [(need, need.fragment.offset - read.start) for need in found]
 
 
-def _page_locked_for(needs: Iterator[Need]) -> int:
+def _page_locked_for(targets: Iterable[Part]) -> int:
     """The CUDA device that buffers are page-locked for, or -1: a copy from other memory is slow, and waits."""
-    devices = (need.target.view.device for need in needs)
+    devices = (target.view.device for target in targets)
     return next((device.index or 0 for device in devices if device.type == "cuda"), -1)

@@ -22,8 +22,7 @@ def saved_state(contents: Contents, rank: int, world: int) -> SavedState:
         firsts.setdefault(row.ours.sha256, row.rank)
     values: dict[str, dict[int, Any]] = defaultdict(dict)
     options: dict[str, dict[str, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
-    for first in firsts.values():
-        objects, saved_options = contents.ours(first)
+    for first, (objects, saved_options) in contents.ours(list(firsts.values())).items():
         for path, value in objects.items():
             values[path][first] = value
         for optimizer, by_parameter in saved_options.items():

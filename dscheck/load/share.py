@@ -7,22 +7,18 @@ process group.
 from __future__ import annotations
 
 import zlib
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dscheck.errors import LayoutError
+from dscheck.layout.boxes import Bools, Boxes, Ints, opens, spans
 from dscheck.layout.flat import flat_range_boxes
-from dscheck.load.needs import Need
+from dscheck.load.needs import Needs
+from dscheck.load.reads import Line, Reads, Table
 from dscheck.manifest.dtypes import ITEMSIZE
-from dscheck.manifest.keys import LARGEST
 from dscheck.manifest.place import SMALL_ALIGNMENT
-
-Table = NDArray[np.int64]
-"""Rows of file, start and stop: ranges, ascending and apart."""
 
 PIECE_BYTES = 8 << 20
 """What is wanted is cut here, so that no more than twice as much is read, or passed on, at a time."""
@@ -57,79 +53,95 @@ class Shared:
     round: int
 
 
-def wanted(needs: Iterable[Need], block_bytes: int) -> list[Range]:
-    """What these needs take of the data files, ascending and apart, cut where every rank that wants it cuts it.
+def wanted(needs: Needs) -> Table:
+    """What these needs take of the data files, cut where every rank that wants it cuts it.
 
     Ranges are joined where nothing but alignment lies between them.
     """
+    file, start, stop, opening = _pieces(needs)
+    if not len(file):
+        return table_of([])
+    line = Line(file, stop)
+    place, reached = line.at(file, start), np.maximum.accumulate(line.at(file, stop))
+    before = np.append(0, reached[:-1])
+    apart = opens(file) | (place >= before + SMALL_ALIGNMENT)
+    # Where a piece begins there may be a cut: at the first such place of each PIECE_BYTES of the file.
+    places = np.flatnonzero(apart | (opening & (place >= before)))
+    begin = places[apart[places] | opens(start[places] // PIECE_BYTES)]
+    return np.stack([file[begin], start[begin], np.maximum.reduceat(stop, begin)], axis=1)
+
+
+def _pieces(needs: Needs) -> tuple[Ints, Ints, Ints, Bools]:
+    """Needs cut at each PIECE_BYTES of their fragments: file, start and stop, ascending, and whether a piece begins
+    there.
+    """
+    block_bytes = needs.source.block_bytes
     piece = max(PIECE_BYTES // block_bytes, 1) * block_bytes
-    found: list[Range] = []
-    for need in sorted(needs, key=lambda need: (need.fragment.writer, *need.extent(block_bytes))):
-        offset, (start, stop) = need.fragment.offset, need.extent(block_bytes)
-        while start < stop:
-            end = min(stop, offset + ((start - offset) // piece + 1) * piece)
-            _append(found, Range(need.fragment.writer, start, end), cut=(start - offset) % piece == 0)
-            start = end
-    return found
+    file, (start, stop) = needs.file, needs.extents()
+    offset = needs.source.rows.offset[needs.fragment]
+    first = (start - offset) // piece
+    count = -(-(stop - offset) // piece) - first
+    number, row = spans(first, count), np.repeat(np.arange(len(needs)), count)
+    begin = np.maximum(start[row], offset[row] + number * piece)
+    end = np.minimum(stop[row], offset[row] + (number + 1) * piece)
+    order = np.lexsort((end, begin, file[row]))
+    row, begin = row[order], begin[order]
+    return file[row], begin, end[order], (begin - offset[row]) % piece == 0
 
 
-def _append(found: list[Range], new: Range, cut: bool) -> None:
-    """Add `new`, or join it to the last range; `cut`: a fragment or a piece of one begins there."""
-    last = found[-1] if found else None
-    if last is None or last.file != new.file or new.start >= last.stop + SMALL_ALIGNMENT:
-        found.append(new)
-        return
-    far = last.start // PIECE_BYTES != new.start // PIECE_BYTES
-    if cut and far and new.start >= last.stop:
-        found.append(new)
-    elif new.stop > last.stop:
-        found[-1] = Range(last.file, last.start, new.stop)
+def divided(needs: Needs, ranges: Table) -> tuple[Needs, Reads]:
+    """`needs` cut into what lies in none of `ranges`, and one read for each of these with what lies in it."""
+    file, (start, stop) = needs.file, needs.extents()
+    line = Line(np.append(file, ranges[:, 0]), np.append(stop, ranges[:, 2]))
+    low, high = (line.at(ranges[:, 0], ranges[:, column]) for column in (1, 2))
+    first = np.searchsorted(high, line.at(file, start), side="right")
+    behind = np.searchsorted(low, line.at(file, stop))
+    inside = behind - first == 1
+    inside[inside] &= (ranges[first[inside], 1] <= start[inside]) & (stop[inside] <= ranges[first[inside], 2])
+    private, parts = [needs.take(np.flatnonzero(behind == first))], [needs.take(np.flatnonzero(inside))]
+    owners = [first[inside]]
+    for row in np.flatnonzero((behind > first) & ~inside).tolist():
+        need, at, end = needs[row : row + 1], int(start[row]), int(stop[row])
+        for number in range(int(first[row]), int(behind[row])):
+            _, begin, until = ranges[number].tolist()
+            if at < begin:
+                private.append(clipped(need, at, begin))
+            parts.append(clipped(need, max(at, begin), min(end, until)))
+            owners.append(np.full(len(parts[-1]), number))
+            at = until
+        if at < end:
+            private.append(clipped(need, at, end))
+    owner = np.concatenate(owners)
+    order = np.argsort(owner, kind="stable")
+    edges = np.searchsorted(owner[order], np.arange(len(ranges) + 1))
+    within = Needs.joined(parts).take(order)
+    return Needs.joined(private), Reads(within, ranges[:, 0], ranges[:, 1], ranges[:, 2], edges[:-1], edges[1:])
 
 
-def clipped(need: Need, range_: Range, block_bytes: int) -> Iterator[Need]:
-    """What of `need` lies in these whole blocks of its data file. A block holds whole elements."""
-    offset, (start, stop) = need.fragment.offset, need.extent(block_bytes)
-    if range_.start <= start and stop <= range_.stop:
-        yield need
-        return
-    first = max(need.first, (range_.start - offset) // block_bytes)
-    last = min(need.last, -((offset - range_.stop) // block_bytes))
+def clipped(need: Needs, start: int, stop: int) -> Needs:
+    """What of one need lies in the whole blocks at [start, stop) of its data file. A block holds whole elements."""
+    (one,), block_bytes = need, need.source.block_bytes
+    first = max(one.first, (start - one.fragment.offset) // block_bytes)
+    last = min(one.last, -((one.fragment.offset - stop) // block_bytes))
     if first >= last:
-        return
-    itemsize, outer = ITEMSIZE[need.row.dtype], need.fragment.region
-    stop = min(last * block_bytes, need.fragment.nbytes)
-    for box in flat_range_boxes(outer.shape, first * block_bytes // itemsize, stop // itemsize):
-        inner = box.shift(outer.start).intersect(need.box)
-        if inner is not None:
-            yield replace(need, box=inner, first=first, last=last)
+        return need[:0]
+    itemsize, outer = ITEMSIZE[one.row.dtype], one.fragment.region
+    end = min(last * block_bytes, one.fragment.nbytes) // itemsize
+    boxes = [box.shift(outer.start) for box in flat_range_boxes(outer.shape, first * block_bytes // itemsize, end)]
+    inner = Boxes.of([inner for box in boxes if (inner := box.intersect(one.box)) is not None])
+    low, high = inner.matrices(need.start.shape[1])
+    count = len(inner)
+    return Needs(need.source, np.repeat(need.fragment, count), low, high, np.full(count, first), np.full(count, last))
 
 
-def divided(
-    needs: Iterable[Need], ranges: Sequence[Range], block_bytes: int
-) -> tuple[list[Need], dict[Range, list[Need]]]:
-    """`needs` cut into what lies in none of `ranges` (ascending, apart), and what lies in each of them."""
-    private: list[Need] = []
-    parts: dict[Range, list[Need]] = {range_: [] for range_ in ranges}
-    for need in needs:
-        file, (start, stop) = need.fragment.writer, need.extent(block_bytes)
-        number = bisect_right(ranges, (file, start), key=lambda r: (r.file, r.stop))
-        while start < stop:
-            shared = ranges[number] if number < len(ranges) and ranges[number].file == file else None
-            if shared is None or shared.start > start:
-                end = stop if shared is None else min(stop, shared.start)
-                private.extend(clipped(need, Range(file, start, end), block_bytes))
-            else:
-                end = min(stop, shared.stop)
-                parts[shared].extend(clipped(need, shared, block_bytes))
-                number += 1
-            start = end
-    return private, parts
+def table_of(ranges: Iterable[Range]) -> Table:
+    """Ranges as rows."""
+    return np.array([(range_.file, range_.start, range_.stop) for range_ in ranges], np.int64).reshape(-1, 3)
 
 
-def encode(ranges: Sequence[Range]) -> bytes:
+def encode(table: Table) -> bytes:
     """Ranges as compressed differences: a few bytes each."""
-    table = np.array([(r.file, r.start, r.stop) for r in ranges], "<i8").reshape(-1, 3)
-    return zlib.compress(np.diff(table, axis=0, prepend=np.zeros((1, 3), "<i8")).T.tobytes(), 1)
+    return zlib.compress(np.diff(table.astype("<i8"), axis=0, prepend=np.zeros((1, 3), "<i8")).T.tobytes(), 1)
 
 
 def decode(data: bytes) -> Table:
@@ -164,31 +176,22 @@ def schedule(wants: Sequence[Table]) -> list[Shared]:
 
 def _shared(wants: Sequence[Table]) -> tuple[Table, list[NDArray[np.bool_]]]:
     """The ranges that the same several ranks want, ascending, and of each rank which of them it wants."""
-    rows = np.concatenate([np.empty((0, 3), np.int64), *wants])
-    files = np.unique(rows[:, 0])
-    ends = np.zeros(len(files), np.int64)
-    np.maximum.at(ends, np.searchsorted(files, rows[:, 0]), rows[:, 2])
-    if sum(map(int, ends)) > LARGEST:
-        raise LayoutError("the data files have more than 2**63 bytes together")
-    bases = np.cumsum(ends) - ends  # the files as one, each behind the other
-
-    def places(table: Table, column: int) -> NDArray[np.int64]:
-        return bases[np.searchsorted(files, table[:, 0])] + table[:, column]
-
-    cuts = np.unique(np.concatenate([places(rows, 1), places(rows, 2)]))
+    rows = np.concatenate([table_of([]), *wants])
+    line = Line(rows[:, 0], rows[:, 2])
+    places = [(line.at(table[:, 0], table[:, 1]), line.at(table[:, 0], table[:, 2])) for table in wants]
+    begin, end = line.at(rows[:, 0], rows[:, 1]), line.at(rows[:, 0], rows[:, 2])
+    cuts = np.unique(np.concatenate([begin, end]))
     changes = np.zeros(len(cuts), np.int64)
-    np.add.at(changes, np.searchsorted(cuts, places(rows, 1)), 1)
-    np.add.at(changes, np.searchsorted(cuts, places(rows, 2)), -1)
+    np.add.at(changes, np.searchsorted(cuts, begin), 1)
+    np.add.at(changes, np.searchsorted(cuts, end), -1)
     several = np.flatnonzero(np.cumsum(changes) > 1)
     starts, stops = cuts[several], cuts[several + 1]
-    owners = np.searchsorted(bases, starts, side="right") - 1
-    segments = np.stack([files[owners], starts - bases[owners], stops - bases[owners]], axis=1)
     covers = []
-    for table in wants:
-        before = np.searchsorted(places(table, 1), starts, side="right") - 1
-        reach = np.append(places(table, 2), 0)[before]  # before the first: -1, which finds the 0
+    for low, high in places:
+        before = np.searchsorted(low, starts, side="right") - 1
+        reach = np.append(high, 0)[before]  # before the first: -1, which finds the 0
         covers.append(reach >= stops)
-    return segments, covers
+    return line.ranges(starts, stops), covers
 
 
 class _Rounds:

@@ -121,13 +121,13 @@ class Fragments(Sequence[Fragment]):
         begin, end = np.searchsorted(self.tensor, np.array([tensor, tensor + 1], np.int32))
         return int(begin), int(end)
 
-    def overlapping(self, tensor: int, wanted: Region) -> Fragments:
-        """The rows of a tensor that share an element with `wanted`, a region of as many dimensions."""
+    def overlapping(self, tensor: int, wanted: Region) -> Ints:
+        """The rows of a tensor that share an element with `wanted`, a region of as many dimensions; by number."""
         begin, end = self.rows_of(tensor)
         if begin == end or not wanted.numel:
-            return self[:0]
+            return np.empty(0, np.int64)
         boxes = self.boxes if end - begin == len(self) else self.boxes.part(begin, end)
-        return self.take(begin + boxes.overlapping(wanted))
+        return begin + boxes.overlapping(wanted)
 
     def _numbers(self) -> list[NDArray[Any]]:
         return [self.tensor, self.writer, self.offset, self.nbytes, self.first_block, self.holders]

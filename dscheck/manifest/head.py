@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from dscheck.errors import LayoutError
-from dscheck.layout.boxes import Boxes, Int32s, Ints, padded
+from dscheck.layout.boxes import Bools, Boxes, Int32s, Ints, ints, padded, spans
 from dscheck.layout.region import Region
 from dscheck.manifest.fragments import Fragments
 from dscheck.manifest.place import block_count
@@ -49,15 +49,27 @@ class Directory:
         """Of all batches."""
         return int(self.size.sum())
 
-    def find(self, tensor: int, wanted: Region | None) -> list[int]:
-        """The batches that may hold fragments of a tensor, of those that overlap `wanted` if that is given."""
-        if wanted is not None and not wanted.numel:
-            return []
-        begin, end = int(np.searchsorted(self.last, tensor)), int(np.searchsorted(self.first, tensor, side="right"))
-        if end - begin < 2 or wanted is None:
-            return list(range(begin, end))
-        found: list[int] = (begin + self.hulls.part(begin, end).overlapping(wanted)).tolist()
-        return found
+    def find(self, tensor: int) -> list[int]:
+        """The batches that hold fragments of a tensor."""
+        return list(range(int(np.searchsorted(self.last, tensor)), int(np.searchsorted(self.first, tensor, "right"))))
+
+    def find_each(self, wanted: Sequence[tuple[int, Region]]) -> tuple[Ints, Ints]:
+        """The batches that may hold fragments of tensors which overlap these regions, ascending, and for each the
+        number of the region that it was found for: pairs, each once.
+        """
+        tensor = ints(tensor for tensor, _ in wanted)
+        regions = Boxes.of([region for _, region in wanted])
+        low, high = regions.matrices(max((region.ndim for _, region in wanted), default=0))
+        begin = np.searchsorted(self.last, tensor)
+        count = np.searchsorted(self.first, tensor, side="right") - begin
+        batch, want = spans(begin, count), np.repeat(np.arange(len(wanted)), count)
+        hit: Bools = np.logical_and.reduce(low < high, axis=1)[want]
+        split = np.flatnonzero(hit & (count > 1)[want])
+        start, stop = self.hulls.take(batch[split]).matrices(low.shape[1])
+        hit[split] = ((start < high[want[split]]) & (stop > low[want[split]])).all(axis=1)
+        batch, want = batch[hit], want[hit]
+        order = np.argsort(batch, kind="stable")
+        return batch[order], want[order]
 
     def validate(self, shapes: Sequence[Sequence[int]]) -> None:
         """Raises LayoutError unless batches follow each other and agree with the tensors' shapes."""

@@ -6,12 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
 from dscheck.errors import LayoutError
-from dscheck.layout.boxes import chunks, opens, padded
+from dscheck.layout.boxes import Ints, chunks, ints, opens, padded
 from dscheck.layout.region import Region
 from dscheck.layout.tiling import tiled_in_order
 from dscheck.manifest.dtypes import ITEMSIZE
@@ -68,9 +68,14 @@ class Plan:
         begin, end = self.fragments.rows_of(tensor)
         return self.fragments[begin:end]
 
-    def overlapping(self, wanted: Sequence[tuple[int, Region]]) -> list[Fragments]:
-        """For each tensor and region of it the fragments that share an element with it, by start."""
-        return [self.fragments.overlapping(tensor, region) for tensor, region in wanted]
+    def overlapping(self, wanted: Sequence[tuple[int, Region]]) -> tuple[Fragments, Ints]:
+        """For each tensor and region of it the fragments that share an element with it, by start; and for each row of
+        these the number of the one that it overlaps, ascending.
+        """
+        found = [self.fragments.overlapping(tensor, region) for tensor, region in wanted]
+        return self.fragments.take(ints(chain.from_iterable(found))), np.repeat(
+            np.arange(len(found)), ints(map(len, found))
+        )
 
     def index(self) -> dict[str, int]:
         """The tensor's index by every name that it has."""

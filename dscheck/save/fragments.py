@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dscheck.config import Settings
 from dscheck.layout.region import Region
 from dscheck.manifest.place import place
+from dscheck.save.parts import Free
 from dscheck.save.shares import Box
 from dscheck.save.trace import Trace
 from dscheck.snapshot import Capture, CapturePlan, Chunk, Placement
@@ -54,20 +55,28 @@ class Fragments:
         self._capture, self._late, self._trace = capture, late, trace
 
     def __iter__(self) -> Iterator[Iterable[Chunk]]:
-        """Each box in its turn, as chunks that are valid until the next one is asked for.
+        """Each box in its turn, as chunks that are valid until the next one is asked for."""
+        return (_in_turn(chunks) for chunks in self.lent())
+
+    def lent(self) -> Iterator[Iterable[tuple[Chunk, Free | None]]]:
+        """The same, each chunk valid until the call beside it; None: as long as this object lives.
 
         What was captured and is not among them is let go in its place: it would hold back what comes behind it.
         """
         capture, at = self._capture, 0
         for box, number in zip(self.layout.boxes, self.layout.numbers, strict=True):
             if number is None:
-                yield (self._late[box.key],)
+                yield ((self._late[box.key], None),)
                 continue
             _let_go(capture, range(at, number))
             at = number + 1
-            yield capture.chunks(number)
+            yield capture.lent(number)
         _let_go(capture, range(at, len(self.layout.plan.sizes)))
         self._await_proof()
+
+    @property
+    def has_room(self) -> bool:
+        return self._capture.has_room
 
     @property
     def fillable(self) -> bool:
@@ -96,6 +105,13 @@ class Fragments:
     def _await_proof(self) -> None:
         with self._trace.span("await the proof"):
             self._capture.wait()
+
+
+def _in_turn(chunks: Iterable[tuple[Chunk, Free | None]]) -> Iterator[Chunk]:
+    for chunk, free in chunks:
+        yield chunk
+        if free is not None:
+            free()
 
 
 def _let_go(capture: Capture, numbers: Sequence[int]) -> None:

@@ -10,6 +10,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
 
+from dscheck.commit import SingleWriter
 from dscheck.config import Settings
 from dscheck.errors import DeadlineError, DscheckError, RankFailureError, SupersededError
 from dscheck.ranks.base import Failed, Ranks
@@ -44,8 +45,9 @@ class Saver:
     ) -> None:
         self._storage, self._ranks, self._settings, self._fences = storage, ranks, settings, fences
         self._host = socket.gethostname()
-        self.retainer = Retainer(storage, settings.kept)
-        self._pipeline = self._new_pipeline(Coordinator(storage, settings, versions, self.retainer), Standing())
+        committing = SingleWriter(storage) if settings.commit == "single-writer" else storage
+        self.retainer = Retainer(committing, settings.kept)
+        self._pipeline = self._new_pipeline(Coordinator(committing, settings, versions, self.retainer), Standing())
         self._holdings: Holdings | None = None
         self._in_flight: deque[Attempt] = deque()
         self._skips: list[SaveHandle] = []

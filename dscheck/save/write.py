@@ -14,13 +14,13 @@ from dscheck.errors import DscheckError
 from dscheck.manifest.files import Extent, FileRow
 from dscheck.manifest.place import CHECKSUM_ALIGNMENT, align, block_count, place
 from dscheck.save.fragments import Fragments
+from dscheck.save.parts import JOINED_BYTES, Free, InParts
 from dscheck.save.trace import Trace
 from dscheck.snapshot import Chunk
-from dscheck.storage.base import FileWriter, ObjectWriter, Storage
+from dscheck.storage.base import FileWriter, ObjectWriter, PartWriter, Storage
 
-JOINED_BYTES = 1 << 20
 BATCH_BYTES = 8 << 20
-"""What is shorter than the first is copied, and written together once it comes to the second."""
+"""What is shorter than JOINED_BYTES is copied, and written together once it comes to this."""
 
 WRITE_BYTES = 32 << 20
 """Of one call: its return may have to wait 5 ms for the GIL, and a deadline is looked at before the next one."""
@@ -45,18 +45,20 @@ class _Batched:
         if offset > self.offset:
             self.write(bytes(offset - self.offset))
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append `data`, which the caller may reuse when this returns."""
+    def write(self, data: bytes | memoryview, free: Free | None = None) -> None:
+        """Append `data`, which the caller may reuse when this returns; `free` tells it so."""
         self.offset += len(data)
         if len(data) < JOINED_BYTES:
             self._batch += data
             if len(self._batch) >= BATCH_BYTES:
                 self.flush()
-            return
-        self.flush()
-        view = memoryview(data)
-        for start in range(0, len(view), WRITE_BYTES):
-            self._put(view[start : start + WRITE_BYTES])
+        else:
+            self.flush()
+            view = memoryview(data)
+            for start in range(0, len(view), WRITE_BYTES):
+                self._put(view[start : start + WRITE_BYTES])
+        if free is not None:
+            free()
 
     def flush(self) -> None:
         if self._batch:
@@ -67,6 +69,9 @@ class _Batched:
         self._stop()
         with self._trace.span("write", len(data)):
             self._writer.write(data)
+
+
+Appending = _Batched | InParts
 
 
 class DataFile:
@@ -84,11 +89,13 @@ class DataFile:
         whole.
         """
         writer = self._storage.create(self._key)
+        out: Appending
         try:
             if isinstance(fragments, Fragments) and fragments.fillable and isinstance(writer, FileWriter):
                 out, crcs = self._fill(writer, fragments)
             else:
-                out, crcs = self._stream(writer, sizes, fragments)
+                out = self._appending(writer, sizes, fragments, objects)
+                crcs = self._stream(out, sizes, fragments)
             out.pad_to(align(out.offset, CHECKSUM_ALIGNMENT))
             extents = [_append(out, text) for text in (crcs.astype("<u4").tobytes(), objects.ours, objects.mine)]
             out.flush()
@@ -112,25 +119,36 @@ class DataFile:
                 raise self._wrong("not written in time")
         return _Batched(writer, self._trace, self._stop, end), crcs
 
-    def _stream(
-        self, writer: ObjectWriter, sizes: Sequence[int], fragments: Iterable[Iterable[Chunk]]
-    ) -> tuple[_Batched, NDArray[np.uint32]]:
+    def _appending(
+        self, writer: ObjectWriter, sizes: Sequence[int], fragments: Iterable[Iterable[Chunk]], objects: Objects
+    ) -> Appending:
+        """In parts, where the storage takes them and there is more than one."""
+        _, blocks, end = place(sizes, self._block_bytes)
+        nbytes = end + 4 * len(blocks) + len(objects.ours) + len(objects.mine)
+        if not isinstance(writer, PartWriter) or nbytes <= writer.part_bytes(nbytes):
+            return _Batched(writer, self._trace, self._stop)
+        may_hold = (lambda: fragments.has_room) if isinstance(fragments, Fragments) else (lambda: False)
+        return InParts(writer, nbytes, self._trace, self._stop, may_hold)
+
+    def _stream(self, out: Appending, sizes: Sequence[int], fragments: Iterable[Iterable[Chunk]]) -> NDArray[np.uint32]:
         """The same, from this thread, in order."""
-        out, checksums = _Batched(writer, self._trace, self._stop), []
-        for offset, nbytes, chunks in zip(place(sizes, self._block_bytes)[0], sizes, fragments, strict=True):
+        checksums = []
+        for offset, nbytes, chunks in zip(place(sizes, self._block_bytes)[0], sizes, _lent(fragments), strict=True):
             out.pad_to(offset)
             checksums += self._append(out, chunks, nbytes)
-        return out, np.concatenate(checksums) if checksums else np.empty(0, np.uint32)
+        return np.concatenate(checksums) if checksums else np.empty(0, np.uint32)
 
-    def _append(self, out: _Batched, chunks: Iterable[Chunk], nbytes: int) -> list[NDArray[np.uint32]]:
+    def _append(
+        self, out: Appending, chunks: Iterable[tuple[Chunk, Free | None]], nbytes: int
+    ) -> list[NDArray[np.uint32]]:
         """One fragment; returns the checksums of its blocks, chunk by chunk.
 
         All but its last chunk are multiples of the block length.
         """
         end, checksums = out.offset + nbytes, []
-        for chunk in chunks:
+        for chunk, free in chunks:
             checksums.append(chunk.checksums.copy())
-            out.write(chunk.data.data)
+            out.write(chunk.data.data, free)
         if out.offset != end or sum(map(len, checksums)) != block_count(nbytes, self._block_bytes):
             raise self._wrong(f"a fragment of {nbytes} bytes came as {nbytes + out.offset - end}, or in odd chunks")
         return checksums
@@ -139,7 +157,13 @@ class DataFile:
         return DscheckError(f"{self._storage.url}/{self._key}: {what}", key=self._key)
 
 
-def _append(out: _Batched, text: bytes) -> Extent:
+def _lent(fragments: Iterable[Iterable[Chunk]]) -> Iterable[Iterable[tuple[Chunk, Free | None]]]:
+    if isinstance(fragments, Fragments):
+        return fragments.lent()
+    return (((chunk, None) for chunk in chunks) for chunks in fragments)
+
+
+def _append(out: Appending, text: bytes) -> Extent:
     extent = Extent(out.offset, len(text), hashlib.sha256(text).hexdigest())
     out.write(text)
     return extent

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -131,7 +132,7 @@ class Capture:
         self._told_free = self._told_free or owner is None
         if number is None or number in self._fenced or FROZEN in self._fenced:
             return
-        began, has_room = time.monotonic(), self._native.placed == len(self._plan.piece_source)
+        began, has_room = time.monotonic(), self.has_room
         try:
             self._refuse_changed(None if number == FROZEN else number)
             self._fenced.add(number)
@@ -194,16 +195,29 @@ class Capture:
 
         A chunk's memory is given back when the next one is asked for. Sources are consumed in order, by one thread.
         """
+        for chunk, free in self.lent(index):
+            yield chunk
+            free()
+
+    def lent(self, index: int) -> Iterator[tuple[Chunk, Callable[[], None]]]:
+        """`chunks` whose memory is given back by a call, from any thread: also after the next one was asked for, which
+        may wait for that memory unless `has_room`.
+        """
         layout = self._plan.layouts[index]
         if isinstance(layout, Small):
             self._await_slab()
             data = self._copier.slab(self._native, layout.offset, self._plan.sizes[index])
             self._check(len(self._plan.piece_source) + layout.entry, data)
-            yield Chunk.of(data, self._plan.block_bytes)
+            yield Chunk.of(data, self._plan.block_bytes), _keep
         elif layout.dense is None:
             yield from self._runs(layout)
         else:
-            yield Chunk.of(self._in_order(layout, self._plan.sizes[index]), self._plan.block_bytes)
+            yield Chunk.of(self._in_order(layout, self._plan.sizes[index]), self._plan.block_bytes), _keep
+
+    @property
+    def has_room(self) -> bool:
+        """Whether every piece has its place in the region, so that none waits for another one's memory."""
+        return self._native.placed == len(self._plan.piece_source)
 
     @property
     def hashed(self) -> bool:
@@ -287,7 +301,7 @@ class Capture:
             raise self._late()
         self._slab_there = True
 
-    def _runs(self, layout: Pieces) -> Iterator[Chunk]:
+    def _runs(self, layout: Pieces) -> Iterator[tuple[Chunk, Callable[[], None]]]:
         """Pieces that lie side by side are taken together: each return from native code may wait 5 ms for the GIL."""
         first = layout.start
         while first < layout.stop:
@@ -296,8 +310,8 @@ class Capture:
                 raise self._late()
             data = self._copier.run(self._native, first, count)
             self._check_run(first, count, data)
-            yield Chunk(data, np.frombuffer(checksums(self._native, first, count), np.uint32))
-            self._copier.free_run(self._native, first, count)
+            free = partial(self._copier.free_run, self._native, first, count)
+            yield Chunk(data, np.frombuffer(checksums(self._native, first, count), np.uint32)), free
             first += count
 
     def _check_run(self, first: int, count: int, data: Bytes) -> None:
@@ -312,9 +326,10 @@ class Capture:
         assert layout.dense is not None
         shape, stride, dtype = layout.dense
         raw, at = torch.empty(nbytes, dtype=torch.uint8), 0
-        for chunk in self._runs(layout):
+        for chunk, free in self._runs(layout):
             raw.numpy()[at : at + len(chunk.data)] = chunk.data
             at += len(chunk.data)
+            free()
         return _on_host(raw.view(dtype).as_strided(shape, stride))
 
     def _check(self, entry: int, data: Bytes) -> None:
@@ -390,6 +405,10 @@ def _on_host(view: torch.Tensor) -> Bytes:
     plain = bits(view).cpu().contiguous()
     data: Bytes = plain.view(-1).view(torch.uint8).numpy() if plain.numel() else np.empty(0, np.uint8)
     return data
+
+
+def _keep() -> None:
+    """What stays as long as its capture needs no giving back."""
 
 
 def _first(plan: CapturePlan, owner: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
@@ -44,6 +44,23 @@ class FileWriter(ObjectWriter, Protocol):
 
 
 @runtime_checkable
+class PartWriter(ObjectWriter, Protocol):
+    """The writer of an object that may be put in parts instead of by `write`, several at once."""
+
+    parts_in_flight: int
+    """How many at once reach the rate of the storage."""
+
+    def part_bytes(self, nbytes: int) -> int:
+        """Of each part but the last, which may be shorter, of an object of `nbytes` bytes."""
+
+    def put_part(self, number: int, buffers: Sequence[memoryview]) -> None:
+        """Put part `number`, counted from 0, which is these buffers (contiguous, bytes) one after the other. They may
+        be reused when it returns. Any thread; parts may come in any order, and all of them before `commit`. `abort`
+        ends those under way, and returns when nothing reads their buffers any more.
+        """
+
+
+@runtime_checkable
 class Storage(Protocol):
     """Objects below one root, named by relative keys (`records/300-2.json`).
 
@@ -59,6 +76,8 @@ class Storage(Protocol):
         """Create `key` with exactly `data`, durably and atomically; False, changing nothing, when it already exists.
 
         A reader sees the whole object or none. After an error the outcome is unknown: the caller reads back.
+        Where the store has no such condition it replaces the object and returns True, which a claim finds out
+        (docs/commit.md P4): nothing is written there but with `commit="single-writer"`.
         """
 
     def create(self, key: str) -> ObjectWriter:
@@ -78,6 +97,17 @@ class Storage(Protocol):
 
 
 @runtime_checkable
+class MayLackCondition(Protocol):
+    """What a Storage offers besides whose store may have no put-if-absent: it says so before a claim is put there."""
+
+    def lacks_condition(self) -> str | None:
+        """Why `put_if_absent` would replace what is there; None when it was tried, against a rival too, and held.
+
+        Tried once, with objects that no listing shows and that are gone afterwards. Raises StorageError.
+        """
+
+
+@runtime_checkable
 class UnfinishedUploads(Protocol):
     """What a Storage may offer besides: to find what killed writers have left where no listing shows it."""
 
@@ -94,3 +124,11 @@ class LocalFiles(Protocol):
 
     def open_local(self, key: str) -> AbstractContextManager[tuple[int, int]]:
         """A descriptor of `key`, open for reading until the context ends, and its size in bytes. Raises as `read`."""
+
+
+@runtime_checkable
+class Requests(Protocol):
+    """What a Storage may say besides: how many reads at once reach its rate, since each of them waits for an answer."""
+
+    @property
+    def requests_in_flight(self) -> int: ...

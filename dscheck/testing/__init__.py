@@ -17,6 +17,7 @@ from dscheck.testing.faults import (
     slow,
 )
 from dscheck.testing.power import PowerCut
+from dscheck.testing.unconditional import Unconditional
 
 __all__ = [
     "Crash",
@@ -24,6 +25,7 @@ __all__ = [
     "Faulty",
     "Operation",
     "PowerCut",
+    "Unconditional",
     "after",
     "amid",
     "before",

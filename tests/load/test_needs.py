@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dscheck.errors import IncompleteCoverError
 from dscheck.layout import prove_cover
 from dscheck.layout.region import Region
 from dscheck.layout.runs import byte_runs
-from dscheck.load.needs import GAP_BYTES, READ_BYTES, needs_of, reads_of
+from dscheck.load import needs as needs_module
+from dscheck.load import reads as reads_module
+from dscheck.load.needs import READ_BYTES, Needs, needs_of
+from dscheck.load.reads import GAP_BYTES, Reads, reads_of
 from dscheck.manifest.fragments import Fragment, Fragments
 from dscheck.manifest.place import place
 from dscheck.manifest.plan import Plan, RankRow, TensorRow
@@ -47,18 +52,18 @@ def boxes(draw: st.DrawFn) -> tuple[tuple[int, ...], Region]:
 def test_the_blocks_read_hold_every_byte_of_the_box(case: tuple[tuple[int, ...], Region]) -> None:
     shape, wanted = case
     plan = plan_of(shape, Region.whole(shape))
-    needs = list(needs_of(plan, [(0, wanted, None)]))
+    needs = needs_of(plan, [(0, wanted, None)])
     assert sum(need.box.numel for need in needs) == wanted.numel
     for need in needs:
         for offset, length in byte_runs(Region.whole(shape), need.box, 4):
             assert need.first * BLOCK <= offset
             assert offset + length <= need.last * BLOCK
-    covered = reads_of(needs, BLOCK)
+    assert needs.nbytes == wanted.numel * 4
+    covered = reads_of(needs)
     assert sum(len(read.needs) for read in covered) == len(needs)
     for read in covered:
         assert read.stop - read.start <= READ_BYTES
-        for need in read.needs:
-            start, stop = need.extent(BLOCK)
+        for start, stop in zip(*read.needs.extents(), strict=True):
             assert read.start <= start < stop <= read.stop
 
 
@@ -109,37 +114,77 @@ def joined(parts: list[Plan]) -> Plan:
 def test_a_narrow_column_of_a_wide_matrix_skips_what_lies_between() -> None:
     """Byte ranges only: rows of 1 MiB, 4 KiB wanted of each."""
     shape = (64, 1 << 18)
-    needs = list(needs_of(plan_of(shape, Region.whole(shape)), [(0, Region((0, 0), (64, 1024)), None)]))
-    read = sum(r.stop - r.start for r in reads_of(needs, BLOCK))
-    assert read == 64 * BLOCK
+    needs = needs_of(plan_of(shape, Region.whole(shape)), [(0, Region((0, 0), (64, 1024)), None)])
+    assert reads_of(needs).nbytes == 64 * BLOCK
 
 
 def test_rows_of_a_fragment_read_those_rows_alone() -> None:
     shape = (1000, 1024)
-    needs = list(needs_of(plan_of(shape, Region.whole(shape)), [(0, Region((500, 0), (510, 1024)), None)]))
-    assert sum(r.stop - r.start for r in reads_of(needs, BLOCK)) == 10 * 4096
+    needs = needs_of(plan_of(shape, Region.whole(shape)), [(0, Region((500, 0), (510, 1024)), None)])
+    assert reads_of(needs).nbytes == 10 * 4096
 
 
 def test_no_read_is_longer_than_the_bound() -> None:
     shape = (100, 1 << 20)
     plan = plan_of(shape, Region.whole(shape), block_bytes=256 << 10)
-    reads = reads_of(needs_of(plan, [(0, Region.whole(shape), None)]), plan.block_bytes)
+    reads = reads_of(needs_of(plan, [(0, Region.whole(shape), None)]))
     assert max(read.stop - read.start for read in reads) <= READ_BYTES
-    assert sum(read.stop - read.start for read in reads) == math.prod(shape) * 4
+    assert reads.nbytes == math.prod(shape) * 4
 
 
 def test_near_ranges_of_one_file_are_one_read_and_far_ones_are_not() -> None:
     shape = (300, 1024)
     plan = plan_of(shape, Region.whole(shape))
-    near = needs_of(plan, [(0, Region((row, 0), (row + 1, 1024)), None) for row in (0, 9)])
     far_row = 2 + GAP_BYTES // 4096
-    far = [near[0], *needs_of(plan, [(0, Region((far_row, 0), (far_row + 1, 1024)), None)])]
-    assert len(reads_of(near, BLOCK)) == 1
-    assert len(reads_of(far, BLOCK)) == 2
+    near = needs_of(plan, [(0, Region((row, 0), (row + 1, 1024)), None) for row in (0, 9)])
+    far = needs_of(plan, [(0, Region((row, 0), (row + 1, 1024)), None) for row in (0, far_row)])
+    assert len(reads_of(near)) == 1
+    assert len(reads_of(far)) == 2
+
+
+@pytest.fixture
+def short_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few blocks, as those of large tensors are."""
+    for module in (needs_module, reads_module, slow_needs):
+        monkeypatch.setattr(module, "READ_BYTES", 200)
+    for module in (reads_module, slow_needs):
+        monkeypatch.setattr(module, "GAP_BYTES", 24)
+
+
+@st.composite
+def wants(draw: st.DrawFn) -> Needs:
+    """What one rank wants of a few tensors, some of it twice."""
+    cuts = draw(st.lists(shapes.flatmap(lambda s: st.tuples(st.just(s), tilings(s))), min_size=1, max_size=3))
+    plan = joined([plan_of(shape, *sorted(tiles), block_bytes=8) for shape, tiles in cuts])
+    plan = one_file(plan) if draw(st.booleans()) else plan
+    numbers = draw(st.lists(st.integers(0, len(cuts) - 1), max_size=4))
+    return needs_of(plan, [(n, draw(boxes_in(Region.whole(cuts[n][0]), empty=True)), None) for n in numbers])
+
+
+def one_file(plan: Plan) -> Plan:
+    """The same fragments, all written by rank 0."""
+    rows = list(plan.fragments)
+    offsets, blocks, _ = place([row.nbytes for row in rows], plan.block_bytes)
+    placed = zip(rows, offsets, blocks, strict=True)
+    rows = [replace(row, writer=0, holders=0, offset=offset, first_block=block) for row, offset, block in placed]
+    return replace(plan, fragments=Fragments.of(rows))
+
+
+@pytest.mark.usefixtures("short_reads")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(wants())
+def test_reads_are_those_of_one_need_after_the_other(needs: Needs) -> None:
+    found = reads_of(needs)
+    assert [(read.file, read.start, read.stop, len(read.needs)) for read in found] == slow_needs.reads(needs)
+    assert Counter(map(str, needs)) == Counter(str(need) for read in found for need in read.needs)
+    turned = Reads.joined(found, found).take(np.arange(2 * len(found))[::-1])
+    assert [(read.file, read.start, list(read.needs)) for read in turned] == [
+        (read.file, read.start, list(read.needs)) for read in [*found, *found][::-1]
+    ]
 
 
 def test_a_region_that_no_fragment_holds_is_refused_with_the_missing_box() -> None:
     plan = plan_of((10,), Region((0,), (4,)), Region((6,), (10,)))
     with pytest.raises(IncompleteCoverError, match="'w'") as caught:
-        list(needs_of(plan, [(0, Region((2,), (8,)), None)]))
+        needs_of(plan, [(0, Region((2,), (8,)), None)])
     assert caught.value.missing == Region((4,), (6,))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import pytest
@@ -14,12 +14,14 @@ from dscheck.errors import LayoutError
 from dscheck.layout.region import Region
 from dscheck.layout.runs import byte_runs
 from dscheck.load import share
-from dscheck.load.needs import Need, needs_of, reads_of
-from dscheck.load.share import Range, Shared, clipped, decode, divided, encode, schedule, wanted
-from dscheck.manifest.fragments import Fragment
+from dscheck.load.needs import Need, Needs, needs_of
+from dscheck.load.reads import reads_of
+from dscheck.load.share import Range, Shared, clipped, decode, divided, encode, schedule, table_of, wanted
+from dscheck.manifest.fragments import Fragment, Fragments
 from dscheck.manifest.keys import LARGEST
-from dscheck.manifest.place import place
-from dscheck.manifest.plan import TensorRow
+from dscheck.manifest.place import SMALL_ALIGNMENT, place
+from dscheck.manifest.plan import Plan, RankRow, TensorRow
+from tests.load import slow_needs
 from tests.load.test_needs import boxes, plan_of
 
 BLOCK = 256
@@ -36,7 +38,7 @@ def small_pieces() -> Iterator[None]:
 
 
 @st.composite
-def wants(draw: st.DrawFn) -> tuple[list[list[Need]], int]:
+def wants(draw: st.DrawFn) -> tuple[list[Needs], int]:
     """What 1 to 5 ranks want of one tensor in a few row fragments, and its rows."""
     rows, columns = draw(st.integers(1, 30)), draw(st.integers(1, 60))
     cuts = sorted({0, rows, *draw(st.lists(st.integers(0, rows), max_size=3))})
@@ -54,10 +56,14 @@ def wants(draw: st.DrawFn) -> tuple[list[list[Need]], int]:
 
 def scheduled(ranges: list[list[Range]]) -> list[Shared]:
     """The schedule of what ranks tell each other."""
-    return schedule([decode(encode(of_rank)) for of_rank in ranges])
+    return schedule([decode(encode(table_of(of_rank))) for of_rank in ranges])
 
 
-def bytes_of(needs: list[Need]) -> Counter[tuple[int, int]]:
+def ranges_of(needs: Needs) -> list[Range]:
+    return [Range(*row) for row in wanted(needs).tolist()]
+
+
+def bytes_of(needs: Iterable[Need]) -> Counter[tuple[int, int]]:
     """How often each byte of each data file is placed."""
     found: Counter[tuple[int, int]] = Counter()
     for need in needs:
@@ -67,34 +73,39 @@ def bytes_of(needs: list[Need]) -> Counter[tuple[int, int]]:
 
 
 @given(wants())
-def test_each_rank_gets_each_byte_once_whoever_reads_it(case: tuple[list[list[Need]], int]) -> None:
+def test_each_rank_gets_each_byte_once_whoever_reads_it(case: tuple[list[Needs], int]) -> None:
     needs, _ = case
-    ranges = [wanted(of_rank, BLOCK) for of_rank in needs]
+    ranges = list(map(ranges_of, needs))
     shared = scheduled(ranges)
     assert all(one.reader in one.members and len(one.members) > 1 for one in shared)
     read: Counter[Range] = Counter(one.range for one in shared)
     assert set(read.values()) <= {1}
     for rank, of_rank in enumerate(needs):
         mine = [one.range for one in shared if rank in one.members]
-        private, parts = divided(of_rank, mine, BLOCK)
-        assert bytes_of([*private, *(need for part in parts.values() for need in part)]) == bytes_of(of_rank)
-        for range_, part in parts.items():
-            for need in part:
-                start, stop = need.extent(BLOCK)
-                assert range_.start <= start
-                assert stop <= range_.stop
+        private, reads = divided(of_rank, table_of(mine))
+        assert bytes_of([*private, *(need for read in reads for need in read.needs)]) == bytes_of(of_rank)
+        assert [(read.file, read.start, read.stop) for read in reads] == [(r.file, r.start, r.stop) for r in mine]
+        for read_ in reads:
+            for start, stop in zip(*read_.needs.extents(), strict=True):
+                assert read_.start <= start
+                assert stop <= read_.stop
         others = {
             (r.file, b) for one in ranges if one is not ranges[rank] for r in one for b in range(r.start, r.stop, 64)
         }
-        for read_ in reads_of(private, BLOCK):
-            for need in read_.needs:
-                start, stop = need.extent(BLOCK)
-                assert not {(read_.rank, b) for b in range(start, stop, 64)} & others, "read by others as well"
+        for read_ in reads_of(private):
+            for start, stop in zip(*read_.needs.extents(), strict=True):
+                assert not {(read_.file, b) for b in range(start, stop, 64)} & others, "read by others as well"
 
 
 @given(wants())
-def test_rounds_are_bounded_and_come_in_order(case: tuple[list[list[Need]], int]) -> None:
-    ranges = [wanted(of_rank, BLOCK) for of_rank in case[0]]
+def test_what_a_rank_wants_is_that_of_one_need_after_the_other(case: tuple[list[Needs], int]) -> None:
+    for needs in case[0]:
+        assert wanted(needs).tolist() == slow_needs.ranges(needs, PIECE, PIECE, SMALL_ALIGNMENT)
+
+
+@given(wants())
+def test_rounds_are_bounded_and_come_in_order(case: tuple[list[Needs], int]) -> None:
+    ranges = list(map(ranges_of, case[0]))
     shared = scheduled(ranges)
     assert all(one.range.nbytes < 2 * PIECE + BLOCK for one in shared)
     reads, received = defaultdict(list), defaultdict(list)
@@ -118,7 +129,7 @@ def test_replicas_share_evenly_and_a_rank_with_much_of_its_own_reads_less_for_ot
     shared = scheduled([whole] * 8)
     loads = Counter(one.reader for one in shared)
     assert max(loads.values()) - min(loads.values()) <= 1
-    assert wanted(needs_of(plan, [(0, Region.whole((4000, 256)), None)]), BLOCK)[0].nbytes == PIECE
+    assert ranges_of(needs_of(plan, [(0, Region.whole((4000, 256)), None)]))[0].nbytes == PIECE
     private = [Range(1, start, start + PIECE) for start in range(0, 100_000, PIECE)]
     loads = Counter(one.reader for one in scheduled([whole, [*whole, *private]]))
     assert loads[0] - loads[1] == pytest.approx(len(private), abs=1)
@@ -143,13 +154,14 @@ def test_files_beyond_all_bounds_are_refused() -> None:
 def test_small_tensors_side_by_side_are_one_range_with_what_aligns_them() -> None:
     offsets, blocks, _ = place([12] * 100, BLOCK)
     region = Region((0,), (3,))
-    fragments = [Fragment(i, region, 0, offsets[i], 12, blocks[i], 0) for i in range(100)]
-    needs = [Need(fragment, TensorRow("w", "float32", (3,)), region, 0, 1, None) for fragment in fragments]
-    found = wanted(needs, BLOCK)
+    fragments = Fragments.of([Fragment(i, region, 0, offsets[i], 12, blocks[i], 0) for i in range(100)])
+    tensors = tuple(TensorRow(f"w{i:02}", "float32", (3,)) for i in range(100))
+    plan = Plan(tensors, fragments, (RankRow(0, "host"),), ((0,),), BLOCK)
+    found = ranges_of(needs_of(plan, [(i, region, None) for i in range(100)]))
     assert len(found) == -(-100 * 64 // PIECE)
     assert (found[0].start, found[-1].stop) == (0, 99 * 64 + 12)
     assert all(before.stop == after.start - 52 for before, after in pairwise(found))
-    without = wanted(needs[:10] + needs[11:], BLOCK)
+    without = ranges_of(needs_of(plan, [(i, region, None) for i in range(100) if i != 10]))
     assert Range(0, 10 * 64, 10 * 64 + 12) not in without
     assert without[0].stop == 9 * 64 + 12, "what nobody wants is not joined over"
 
@@ -159,8 +171,8 @@ def test_a_clipped_need_is_the_part_in_those_blocks(case: tuple[tuple[int, ...],
     shape, region = case
     needs = needs_of(plan_of(shape, Region.whole(shape), block_bytes=BLOCK), [(0, region, None)])
     cut = data.draw(st.integers(0, 40)) * BLOCK
-    low, high = Range(0, 0, cut), Range(0, cut, 1 << 40)
-    parts = [part for need in needs for range_ in (low, high) for part in clipped(need, range_, BLOCK)]
+    bounds = ((0, cut), (cut, 1 << 40))
+    parts = [part for i in range(len(needs)) for bound in bounds for part in clipped(needs[i : i + 1], *bound)]
     assert sum(part.box.numel for part in parts) == region.numel
     for part in parts:
         for offset, length in byte_runs(Region.whole(shape), part.box, 4):

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dscheck import Checkpointer
 from dscheck.errors import CorruptCheckpointError, RankFailureError
-from dscheck.load import near, share
+from dscheck.load import memory, share
 from dscheck.storage import LocalStorage
 from dscheck.testing import Faulty
 from tests.processes.pool import Job
@@ -37,7 +37,7 @@ def many_rounds(rank: int, a_host: int) -> None:
     """As a large state has them; as if there were so many ranks on a host."""
     share.PIECE_BYTES = 256 << 10
     share.RECEIVED_BYTES_A_ROUND = 4 << 20
-    near._host = lambda: [str(rank // a_host)]
+    memory._host = lambda: [str(rank // a_host)]
 
 
 def replicas(rank: int, root: str, wrapped: bool, a_host: int) -> Any:
