@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,12 @@ def describe(folder: Path) -> dict[str, str | int | float]:
         "kernel": platform.release().split("-")[0],
         "disk": disk(folder),
     }
+
+
+def commit() -> str:
+    """The short hash of what is checked out here."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def versions(*packages: str) -> dict[str, str]:

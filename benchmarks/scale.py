@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import describe, versions
+from benchmarks.machine import commit, describe, versions
 from benchmarks.scale_page import page
 
 RESULTS = Path(__file__).parent / "results"
@@ -58,15 +58,21 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, nargs="*", default=[64, 256, 1024], help="of the arrivals over a store")
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="where plans lie meanwhile")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of scale.json and scale.md")
+    parser.add_argument("--plans-only", action="store_true", help="keep what --out says of the curve and the store")
     given = parser.parse_args()
-    result: dict[str, Any] = {
+    now = commit()
+    result: dict[str, Any] = json.loads((given.out / "scale.json").read_text()) if given.plans_only else {}
+    result |= {
         "command": "python -m benchmarks.scale" + (" --tiny" if given.tiny else ""),
         "machine": describe(given.dir),
         "versions": versions("dscheck", "torch", "numpy", "pyarrow", "zstandard"),
-        "curve": [] if given.tiny else [saved(name, (), False, given.dir) for name in CURVE],
         "saved": [saved(name, loads, given.tiny, given.dir) for name, loads in SAVED.items()],
-        "store": [run("benchmarks.scale_store", ranks) for ranks in given.ranks],
     }
+    result["commits"] = result.get("commits", {}) | {"saved": now}
+    if not given.plans_only:
+        result["curve"] = [] if given.tiny else [saved(name, (), False, given.dir) for name in CURVE]
+        result["store"] = [run("benchmarks.scale_store", ranks) for ranks in given.ranks]
+        result["commits"] |= {"curve": now, "store": now}
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "scale.json").write_text(json.dumps(result, indent=1) + "\n")
     text = page(result)

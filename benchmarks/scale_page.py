@@ -9,7 +9,7 @@ from typing import Any
 def page(result: dict[str, Any]) -> str:
     """Markdown: what is saved, what is loaded, who arrives, and on which machine."""
     machine, software = result["machine"], result["versions"]
-    plans = result["curve"] + result["saved"]
+    plans, commits = result["curve"] + result["saved"], result["commits"]
     return "\n".join(
         [
             "# Planning at scale",
@@ -19,6 +19,8 @@ def page(result: dict[str, Any]) -> str:
             "405 B parameters (126 layers of width 16,384) in bf16, fp32 master weights and two moments; or a mixture",
             "of 256 experts a layer. No data. Seconds are CPU seconds of one core, while others worked on the machine:",
             f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB; {_joined(software)}.",
+            f"Measured at commit {commits['saved']}, the first job on fewer ranks at {commits['curve']},",
+            f"and arrival and commit at {commits['store']}.",
             "",
             "## What the coordinator does at a first save",
             "",
@@ -114,7 +116,7 @@ def page(result: dict[str, Any]) -> str:
             ),
             "",
             "The plan lies in the page cache. `index of all nodes`: the head and each needed batch once a node of 8",
-            "ranks, from four nodes.",
+            "ranks, as they read it, from four nodes.",
             "",
             "## Arrival and commit over one store",
             "",
