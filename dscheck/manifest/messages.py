@@ -60,6 +60,9 @@ class Packed(NamedTuple):
     nbytes: int | None
 
 
+_EMPTY = Packed(memoryview(b""), 0)
+
+
 def walk_packed(data: bytes, columns: Sequence[Column]) -> tuple[bytes, int, list[Packed]]:
     """The schema's message, the number of rows, and all buffers in Arrow's order: of each column an empty bitmap, its
     numbers, or its offsets, which are still to be checked, and the same of its items.
@@ -266,29 +269,42 @@ def _packed_buffers(batch: _Table, body: memoryview, columns: Sequence[Column]) 
     rows, nodes, buffers = batch.number(0, "<q"), list(batch.pairs(1)), list(batch.pairs(2))
     if not 0 <= rows <= MAX_ROWS:
         raise ValueError(f"a batch of {rows} rows")
+    wanted = _wanted(columns, rows, nodes)
+    if len(buffers) != len(wanted):
+        raise ValueError("a batch with other columns than its schema")
     found: list[Packed] = []
-    end = node = 0
+    end, nbytes_there = 0, len(body)
+    for (name, nbytes), (offset, size) in zip(wanted, buffers, strict=True):
+        if offset % 8 or offset < end or offset + size > nbytes_there or 0 < size < 8 or size < 0:
+            raise ValueError(f"a buffer of column '{name}' is not inside the body")
+        end = offset + size
+        if not size and not nbytes:
+            found.append(_EMPTY)
+            continue
+        says = _read(body, offset, "<q") if size else 0
+        decoded = size - 8 if says == -1 else says
+        if not nbytes <= decoded <= -(-nbytes // PADDING) * PADDING or not nbytes:
+            raise ValueError(f"a buffer of column '{name}' has {decoded} bytes decoded, {nbytes} expected")
+        found.append(Packed(body[offset + min(8, size) : end], None if says == -1 else says))
+    return rows, found
+
+
+def _wanted(columns: Sequence[Column], rows: int, nodes: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
+    """The column of each buffer, and its bytes once decoded: an empty bitmap, then numbers, or offsets and items."""
+    found, node = [], 0
     for column in columns:
-        wanted = [rows * column.width]
         if nodes[node : node + 1] != [(rows, 0)]:
             raise ValueError(f"column '{column.name}' does not have {rows} rows without nulls")
         node += 1
-        if column.item is not None:
-            items, nulls = nodes[node] if node < len(nodes) else (-1, 0)
-            if nulls or not 0 <= items <= rows * MAX_LIST:
-                raise ValueError(f"column '{column.name}' has {items} items in {rows} rows, and {nulls} nulls")
-            wanted = [4 * (rows + 1), 0, items * column.item.width]
-            node += 1
-        for nbytes in (0, *wanted):
-            offset, size = buffers[len(found)] if len(found) < len(buffers) else (-1, 0)
-            if offset % 8 or offset < end or offset + size > len(body) or 0 < size < 8 or size < 0:
-                raise ValueError(f"a buffer of column '{column.name}' is not inside the body")
-            end = offset + size
-            says = int.from_bytes(body[offset : offset + 8], "little", signed=True) if size else 0
-            decoded = size - 8 if says == -1 else says
-            if not nbytes <= decoded <= -(-nbytes // PADDING) * PADDING or (size and not nbytes):
-                raise ValueError(f"a buffer of column '{column.name}' has {decoded} bytes decoded, {nbytes} expected")
-            found.append(Packed(body[offset + min(8, size) : end], None if says == -1 else says))
-    if node < len(nodes) or len(found) < len(buffers):
+        if column.item is None:
+            found += [(column.name, 0), (column.name, rows * column.width)]
+            continue
+        items, nulls = nodes[node] if node < len(nodes) else (-1, 0)
+        if nulls or not 0 <= items <= rows * MAX_LIST:
+            raise ValueError(f"column '{column.name}' has {items} items in {rows} rows, and {nulls} nulls")
+        node += 1
+        found += [(column.name, 0), (column.name, 4 * (rows + 1)), (column.name, 0)]
+        found.append((column.name, items * column.item.width))
+    if node < len(nodes):
         raise ValueError("a batch with more columns than its schema")
-    return rows, found
+    return found
