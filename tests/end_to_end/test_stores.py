@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from dscheck import Checkpointer, DscheckError, NoConditionError
 from dscheck.cli.app import app
 from dscheck.ranks import Solo
+from dscheck.testing.servers import SeaweedFS
 from tests.storage.file_systems import Attic, Cloud, Signed, Vault
 
 SECRETS = {
@@ -136,6 +137,37 @@ def test_credentials_show_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         for secret in SECRETS.values():
             assert secret not in text
     assert re.search(r"signed://\*\*\*@bucket/run\?\*\*\*", "".join(said))
+
+
+def test_credentials_of_s3_show_nowhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A real server: keys that serve, keys that do not, one that may only read, and an address that has them in it."""
+    users = {
+        "planted-writer": ("planted-secret-4e1b", ["Admin", "Read", "Write", "List"]),
+        "planted-reader": ("planted-secret-90ad", ["Read:ckpt", "List:ckpt"]),
+    }
+    said, in_the_url = [], "s3://planted-writer:planted-secret-4e1b@ckpt/run"
+    with SeaweedFS(tmp_path / "weed", users) as server:
+        server.make_bucket("ckpt")
+        given = {"endpoint_url": server.endpoint, "patience_s": 0.5}
+        keys = [
+            {"key": "planted-writer", "secret": "planted-secret-4e1b"},
+            {"key": "planted-reader", "secret": "planted-secret-90ad"},
+            {"key": "planted-writer", "secret": "planted-secret-wrong"},
+            {"key": "planted-nobody", "secret": "planted-secret-4e1b", "token": "planted-token"},
+            {"key": "planted-writer", "secret": "planted-secret-4e1b", "endpoint_url": "http://me:planted@127.0.0.1:1"},
+        ]
+        for step, options in enumerate(keys, 1):
+            said.append(everything_said(caplog, job("s3://ckpt/run", step, tmp_path, given | options)))
+            assert ("Error" in said[-1]) == (step > 1)
+            arguments = ["s3://ckpt/run", "--storage-options", json.dumps(given | options)]
+            for done in (CliRunner().invoke(app, [command, *arguments]) for command in ("ls", "verify")):
+                said += [done.output, str(done.exception), repr(done.exception)]
+        said.append(everything_said(caplog, job(in_the_url, 9, tmp_path, given)))
+        client = server.client()
+        for found in client.list_objects_v2(Bucket="ckpt")["Contents"]:
+            said.append(client.get_object(Bucket="ckpt", Key=found["Key"])["Body"].read().decode("latin-1"))
+    said += [path.read_text() for path in (tmp_path / "traces").iterdir()]
+    assert not [text for text in said if "planted" in text]
 
 
 @pytest.mark.parametrize(

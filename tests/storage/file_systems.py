@@ -32,17 +32,13 @@ class Attic(LocalFileSystem):
 
     @classmethod
     def _strip_protocol(cls, path: str) -> str:
-        return str(LocalFileSystem._strip_protocol(path.replace("attic://", "file://", 1)))
+        return str(LocalFileSystem._strip_protocol(path.replace(f"{cls.protocol}://", "file://", 1)))
 
 
 class Shelf(Attic):
     """Files that a rename does not replace, as in HDFS and SMB."""
 
     protocol = "shelf"
-
-    @classmethod
-    def _strip_protocol(cls, path: str) -> str:
-        return str(LocalFileSystem._strip_protocol(path.replace("shelf://", "file://", 1)))
 
     def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
         os.link(path1, path2)

@@ -72,6 +72,11 @@ class S3Options:
                 client = self._make(session, {"addressing_style": "path"})
         except (BotoCoreError, ValueError) as error:
             raise ConfigError(f"no client for s3:// can be made: {error}") from None
+        if "@" in urlsplit(client.meta.endpoint_url).netloc:
+            # S3 signs its requests and has no use for them; the errors of botocore quote the whole URL.
+            raise ConfigError(
+                "the endpoint of s3:// has user or password in it: give the options key and secret instead"
+            )
         return client
 
     def _make(self, session: botocore.session.Session, s3: dict[str, Any]) -> Any:
