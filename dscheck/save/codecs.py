@@ -32,6 +32,9 @@ GAIN = 0.9
 KEPT = 0.97
 """What they must then have taken, to be kept."""
 
+SLOW_SAVES = 2
+"""One may have met a busy machine."""
+
 SAMPLES, SAMPLE_BLOCKS = 4, 4
 """Read back of each group: so many places with so many blocks."""
 
@@ -73,7 +76,7 @@ class Measured:
         self._plain: list[float] = []
         """Seconds a byte of each plain save so far."""
         self._choice: Mapping[Hashable, Codec] = {}
-        self._trying = False
+        self._trying, self._slow = False, 0
 
     def of(self, boxes: Sequence[Box]) -> Sequence[Codec]:
         if not self._choice:
@@ -84,18 +87,21 @@ class Measured:
         nbytes = sum(layout.sizes)
         if not nbytes:
             return
-        if self._trying:
-            self._trying = False
-            if seconds / nbytes > KEPT * min(self._plain):
-                self._choice = {}
-            log.info("codec: %s, %.3g s/GB with and %.3g without", *self._outcome(seconds / nbytes))
-        elif not self._choice and len(self._plain) < PLAIN_SAVES:
+        if self._choice:
+            self._judge(seconds / nbytes)
+        elif len(self._plain) < PLAIN_SAVES:
             self._plain.append(seconds / nbytes)
             if len(self._plain) == PLAIN_SAVES:
                 self._choose(storage, key, layout)
 
-    def _outcome(self, coded: float) -> tuple[str, float, float]:
-        return "kept" if self._choice else "none is faster", coded * 1e9, min(self._plain) * 1e9
+    def _judge(self, coded: float) -> None:
+        """Give the choice up if the trial, or later SLOW_SAVES in a row, took no less than the best plain save."""
+        plain = min(self._plain)
+        self._slow = self._slow + 1 if coded > KEPT * plain else 0
+        if self._slow == (1 if self._trying else SLOW_SAVES):
+            self._choice = {}
+            log.info("codec: none is faster, by %.3g s/GB with and %.3g without", coded * 1e9, plain * 1e9)
+        self._trying = False
 
     def _choose(self, storage: Storage, key: str, layout: Layout) -> None:
         try:

@@ -91,6 +91,12 @@ def test_a_codec_that_is_tried_and_no_faster_is_given_up_for_good() -> None:
     assert [saves.save(took) for took in (60.0, 90.0, 10.0)] == [[], [], []]
 
 
+def test_a_codec_that_becomes_slow_is_given_up_after_two_saves_in_a_row() -> None:
+    saves = Saves()
+    took = [60.0, 60.0, 20.0, 70.0, 20.0, 70.0, 70.0, 20.0]
+    assert [bool(saves.save(seconds)) for seconds in took] == [False, False, True, True, True, True, True, False]
+
+
 def test_on_a_link_that_is_faster_than_any_codec_nothing_is_tried() -> None:
     saves = Saves()
     assert [saves.save(1e-6) for _ in range(4)] == [[]] * 4
