@@ -10,13 +10,21 @@ export PIP_CONSTRAINT := constraints.txt
 export PIP_BUILD_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check format bench sanitize native-plain native-address native-thread clean
+.PHONY: demo demo-s3 test test-heavy check format bench sanitize native-plain native-address native-thread clean
 
 demo: $(READY)
 	$(BIN)/python -m benchmarks.demo
 
+# The same through an S3 server of its own.
+demo-s3: $(READY)
+	$(BIN)/python -m benchmarks.s3_server $(BIN)/python -m benchmarks.demo --root s3://demo/runs
+
 test: $(READY)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+# Minutes, and Ceph's daemons: .ci/system-packages installs them.
+test-heavy: $(READY)
+	$(BIN)/python -m pytest -q --heavy tests/storage tests/end_to_end $(PYTEST_ARGS)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

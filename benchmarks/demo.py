@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,7 +23,8 @@ from rich.table import Table
 from benchmarks.journal import read_journal
 from benchmarks.launch import run_ranks, trouble
 from dscheck.commit import read_history
-from dscheck.storage import open_storage
+from dscheck.storage import Storage, open_storage
+from dscheck.storage.base import LocalFiles
 
 STEPS = 24
 SAVE_EVERY = 4
@@ -60,14 +60,14 @@ RESUMES = (
 
 
 class Demo:
-    """The runs, below one folder: a root and a journal each."""
+    """The runs: journals and logs below one folder, and roots below `roots`, a URL, or there as well."""
 
-    def __init__(self, folder: Path, console: Console) -> None:
-        self.folder, self.console = folder, console
+    def __init__(self, folder: Path, console: Console, roots: str | None = None) -> None:
+        self.folder, self.console, self.roots = folder, console, roots
         self.began = time.monotonic()
 
-    def root(self, run: Run) -> Path:
-        return self.folder / run.name / "root"
+    def root(self, run: Run) -> str:
+        return f"{self.roots.rstrip('/')}/{run.name}" if self.roots else str(self.folder / run.name / "root")
 
     def lines(self, run: Run, kind: str) -> list[list[dict[str, Any]]]:
         """What the ranks of `run` wrote down, a list a rank."""
@@ -81,10 +81,11 @@ class Demo:
 
     def launch(self, run: Run, *, save_every: int = SAVE_EVERY, killed: bool = False) -> Path:
         """Run it to its end, which must be a good one, unless it is to be killed; its log."""
-        self.root(run).parent.mkdir(exist_ok=True)
-        log = self.folder / run.name / "log.txt"
+        folder = self.folder / run.name
+        folder.mkdir(exist_ok=True)
+        log = folder / "log.txt"
         module, prefix = ("benchmarks.demo_killed", [KILL_RANK, KILL_STEP]) if killed else ("benchmarks.demo_train", [])
-        options = ["--steps", STEPS, "--save-every", save_every, "--tp", run.tp, "--journal", self.root(run).parent]
+        options = ["--steps", STEPS, "--save-every", save_every, "--tp", run.tp, "--journal", folder]
         arguments = [*prefix, self.root(run), *options]
         status = run_ranks(run.ranks, module, arguments, log=log, timeout_s=TIMEOUT_S)
         if (status != 0) != killed:
@@ -110,15 +111,16 @@ class Demo:
             )
             for step in (RESUMED, KILL_STEP)
         )
-        if not 0 < torn < whole:
+        # An object store shows nothing of an object that is not finished.
+        if not (torn > 0 if isinstance(storage, LocalFiles) else torn == 0) or torn >= whole:
             raise Disagreement(f"rank {KILL_RANK} was to die in its data file: {torn} bytes of {whole} are there")
         newest = read_history(storage).newest
         if newest is None or newest.step != RESUMED:
             raise Disagreement(f"the newest step after the kill is {newest}, not {RESUMED}")
-        self.say(f"rank {KILL_RANK} died with {torn:,} of {whole:,} bytes written; the newest step is {RESUMED}")
+        self.say(f"rank {KILL_RANK} died with {torn:,} of {whole:,} bytes to be seen; the newest step is {RESUMED}")
 
     def resume(self, run: Run) -> None:
-        shutil.copytree(self.root(KILLED), self.root(run))
+        copy_root(open_storage(self.root(KILLED)), open_storage(self.root(run)))
         self.launch(run)
         reports = [line for lines in self.lines(run, "load") for line in lines]
         if [report.get("step") for report in reports] != [RESUMED] * run.ranks:
@@ -129,6 +131,14 @@ class Demo:
             raise Disagreement(f"the newest step of the {run.name} run is {newest}, not {STEPS}")
         layout = run.title.replace("\n", ", ").removeprefix("resumed, ")
         self.say(f"{layout}: loaded step {RESUMED} in {seconds:.2f} s (RNG {reports[0]['rng']}), trained to {STEPS}")
+
+
+def copy_root(source: Storage, target: Storage) -> None:
+    """Everything that lies in `source`, torn data files included."""
+    for entry in source.list(""):
+        writer = target.create(entry.key)
+        writer.write(source.read(entry.key))
+        writer.commit()
 
 
 def difference(of: dict[int, float], against: dict[int, float]) -> float:
@@ -207,17 +217,17 @@ def _costs(saves: list[dict[str, Any]]) -> list[str]:
 
 
 def show_ls(demo: Demo, run: Run) -> None:
-    command = [sys.executable, "-c", "from dscheck.cli import main; main()", "ls", str(demo.root(run))]
+    command = [sys.executable, "-c", "from dscheck.cli import main; main()", "ls", demo.root(run)]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     if shown.returncode != 0:
         raise Disagreement(f"dscheck ls ended with status {shown.returncode}:\n{shown.stdout}{shown.stderr}")
-    demo.console.print(f"\n[bold]$ dscheck ls {run.name}/root[/bold]")
+    demo.console.print(f"\n[bold]$ dscheck ls {demo.root(run)}[/bold]")
     demo.console.print(shown.stdout.rstrip(), markup=False, soft_wrap=True)
 
 
-def show(folder: Path, console: Console) -> None:
+def show(folder: Path, console: Console, roots: str | None = None) -> None:
     """Run it all below `folder` and print the tables. Raises Disagreement and TimeoutError."""
-    demo = Demo(folder, console)
+    demo = Demo(folder, console, roots)
     demo.train_whole()
     demo.train_and_kill()
     for run in RESUMES:
@@ -238,17 +248,22 @@ def main() -> int:
     parser.add_argument(
         "--keep", type=Path, metavar="DIR", help="a new folder for roots, journals and logs, to be kept"
     )
+    parser.add_argument(
+        "--root", metavar="URL", help="where the roots lie, such as s3://bucket/demo: nothing may lie there yet"
+    )
     given = parser.parse_args()
+    if given.root and next(open_storage(given.root).list(""), None) is not None:
+        parser.error(f"--root {given.root}: something lies there; name another place")
     if given.keep is not None and given.keep.exists():
         parser.error(f"--keep {given.keep}: it exists; name a new folder")
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     try:
         if given.keep is not None:
             given.keep.mkdir(parents=True)
-            show(given.keep, console)
+            show(given.keep, console, given.root)
         else:
             with tempfile.TemporaryDirectory(prefix="dscheck-demo-") as folder:
-                show(Path(folder), console)
+                show(Path(folder), console, given.root)
     except (Disagreement, TimeoutError) as error:
         console.print(f"\nThe demo failed: {error}", style="bold red", markup=False, soft_wrap=True)
         return 1

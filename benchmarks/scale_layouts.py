@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
@@ -67,18 +68,17 @@ def mixture(layers: int, width: int, inner: int, experts: int, vocabulary: int) 
     return made
 
 
-class Layout:
+class Layout(Protocol):
     """A job of `ranks` ranks: what `rank` claims, and how it is called."""
 
     title: str
     ranks: int
 
-    def claims(self, rank: int) -> RankClaims:
-        raise NotImplementedError
+    def claims(self, rank: int) -> RankClaims: ...
 
 
 @dataclass
-class Grid(Layout):
+class Grid:
     """Every tensor is cut by torch.chunk's rule: a dimension by a number of parts, of which a rank has one."""
 
     title: str
@@ -135,7 +135,7 @@ _Group = tuple[tuple[TensorRow, ...], list[tuple[Parameter, list[int]]], Ints, t
 
 
 @dataclass
-class Megatron(Layout):
+class Megatron:
     """TP x PP x DP; each DP rank has a flat range of what its stage and TP rank keep for the optimizer."""
 
     tp: int
@@ -143,6 +143,8 @@ class Megatron(Layout):
     dp: int
     layers: int
     parameters: Sequence[Parameter]
+    title: str = field(init=False)
+    ranks: int = field(init=False)
     _groups: dict[tuple[int, int], _Group] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

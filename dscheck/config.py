@@ -11,6 +11,7 @@ WhenBusy = Literal["wait", "skip"]
 OnFailure = Literal["warn", "raise"]
 Replicas = Literal["equal", "first"]
 Commit = Literal["put-if-absent", "single-writer"]
+CodecName = Literal["none", "zstd", "shuffle-zstd", "auto"]
 Auto = Literal["auto"]
 
 Mode = Literal["min", "max"]
@@ -58,6 +59,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "fresh": (bool,),
     "rng": (bool,),
     "block_bytes": (int,),
+    "codec": (str,),
     "piece_bytes": (int,),
     "read_threads": (int,),
     "read_memory_bytes": (int,),
@@ -71,6 +73,15 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "check_capture": (bool,),
     "store_host": (str, type(None)),
     "store_port": (int,),
+}
+
+
+_CHOICES = {
+    "when_busy": WhenBusy,
+    "on_failure": OnFailure,
+    "replicas": Replicas,
+    "commit": Commit,
+    "codec": CodecName,
 }
 
 
@@ -90,6 +101,8 @@ class Settings:
     fresh: start a new history in a root that has commits, instead of refusing to save before a load.
     rng: capture and restore the random generators of Python, NumPy and torch.
     block_bytes: length of a checksummed block, the unit of reading; a power of two, 4 KiB to 64 MiB.
+    codec: how blocks are stored: "none", "zstd", "shuffle-zstd" (byte planes, then zstd: for floats), or "auto": what
+    is fastest by the rates of storage and codecs that the first saves show.
     piece_bytes: length of one capture copy.
     read_threads: concurrent reads of one rank at load.
     read_memory_bytes: most host memory for reads under way at load, but enough for five, which take 34 MiB each.
@@ -97,7 +110,7 @@ class Settings:
     device_memory_bytes: most device memory for what the host cannot take in time; "auto": what is free, less a reserve;
     0: none.
     copy_threads: threads that copy host tensors and compute checksums.
-    io_threads: threads of one rank that write files.
+    io_threads: threads of one rank that write files, or compress.
     io_bytes_in_flight: most bytes that the ranks of one node have given to the kernel to write at a time.
     direct_io: write files past the page cache where kernel and file system allow it.
     trace: folder for one Chrome/Perfetto trace a save and rank, `trace-<step>-rank<rank>.json`; None: no traces.
@@ -114,6 +127,7 @@ class Settings:
     fresh: bool = False
     rng: bool = True
     block_bytes: int = 256 << 10
+    codec: CodecName = "none"
     piece_bytes: int = 32 * MIB
     read_threads: int = 4
     read_memory_bytes: int = 256 * MIB
@@ -137,8 +151,7 @@ class Settings:
             raise ConfigError(f"keep={self.keep!r}: expected at least 1, or None to delete nothing")
         if not 0 < self.timeout_s <= LONGEST_S:
             raise ConfigError(f"timeout_s={self.timeout_s!r}: expected seconds, more than 0 and at most {LONGEST_S}")
-        choices_of = {"when_busy": WhenBusy, "on_failure": OnFailure, "replicas": Replicas, "commit": Commit}
-        for name, choices in choices_of.items():
+        for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {get_args(choices)}")
         if not 4096 <= self.block_bytes <= 64 * MIB or self.block_bytes & (self.block_bytes - 1):

@@ -5,6 +5,7 @@
 #include "bindings/identity.h"
 #include "bindings/memory.h"
 #include "bindings/reader.h"
+#include "bindings/shuffle.h"
 
 NB_MODULE(_core, module) {
   nanobind::set_leak_warnings(false);  // a checkpointer may well outlive the interpreter's own end
@@ -13,4 +14,5 @@ NB_MODULE(_core, module) {
   dscheck::bind_identity(module);
   dscheck::bind_memory(module);
   dscheck::bind_reader(module);
+  dscheck::bind_shuffle(module);
 }

@@ -6,19 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dscheck.commit.parts import Direct, Fetch, Part
 from dscheck.commit.stored import ADVICE, StoredPlan, proved
 from dscheck.errors import CorruptCheckpointError, IncompleteCoverError, LayoutError
 from dscheck.layout.cover import prove_cover
-from dscheck.manifest.arrow import decode_files
+from dscheck.manifest.arrow import decode_files, refusing
+from dscheck.manifest.blocks import BlockTable
 from dscheck.manifest.files import Extent, FileRow, validate_files
 from dscheck.manifest.keys import data_key, files_key
 from dscheck.manifest.objects import decode_objects
 from dscheck.manifest.plan import Plan
-from dscheck.manifest.record import Record
+from dscheck.manifest.record import CODED, Record
 from dscheck.storage.base import Storage
 
 Options = dict[str, dict[str, Any]]
@@ -33,6 +31,14 @@ def gaps(plan: Plan) -> Iterator[IncompleteCoverError]:
             prove_cover(row.name, row.shape, [fragment.region for fragment in plan.fragments_of(number)])
         except IncompleteCoverError as error:
             yield error
+
+
+def _check_requirement(record: Record, files: Sequence[FileRow]) -> None:
+    """Raises LayoutError unless the record says of its data files whether one is coded."""
+    coded = any(file.coded for file in files)
+    if coded != (CODED in record.requires):
+        required = ", ".join(record.requires) or "nothing"
+        raise LayoutError(f"data files with{'' if coded else 'out'} a codec, and a record that requires {required}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ class Contents:
         files = decode_files(data, files_name)
         try:
             validate_files(files, plan.head.file_ends)
+            _check_requirement(record, files)
         except LayoutError as error:
             lost = next((str(gap) for gap in gaps(plan.whole())), "")
             raise CorruptCheckpointError(
@@ -87,10 +94,14 @@ class Contents:
         texts = self._extents([(rank, self.files[rank].ours) for rank in ranks], self.fetch)
         return {rank: decode_objects(text, self.key(rank)) for rank, text in zip(ranks, texts, strict=True)}
 
-    def checksums(self, ranks: Sequence[int]) -> dict[int, NDArray[np.uint32]]:
-        """The CRC32C of every block in the data files of these ranks, in block order."""
+    def checksums(self, ranks: Sequence[int]) -> dict[int, BlockTable]:
+        """What the data files of these ranks say of their blocks. Raises CorruptCheckpointError."""
         found = self._extents([(rank, self.files[rank].checksums) for rank in ranks], self.fetch)
-        return {rank: np.frombuffer(data, "<u4") for rank, data in zip(ranks, found, strict=True)}
+        return {rank: self._blocks(self.files[rank], data) for rank, data in zip(ranks, found, strict=True)}
+
+    def _blocks(self, file: FileRow, data: bytes) -> BlockTable:
+        with refusing(self.key(file.rank)):
+            return BlockTable.decode(data, file.blocks, file.checksums.offset, self.plan.block_bytes)
 
     def _extents(self, extents: Sequence[tuple[int, Extent]], fetch: Fetch) -> Iterator[bytes]:
         parts = [(Part(self.key(rank), extent.offset, extent.size), extent.sha256) for rank, extent in extents]

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from dscheck.codec.runs import BadBlock, Run, RunDecoder, stored_range
 from dscheck.commit.contents import Contents, gaps
 from dscheck.errors import CheckpointNotFoundError, CorruptCheckpointError, StorageError
+from dscheck.manifest.blocks import StoredBlocks
 from dscheck.manifest.fragments import Fragments
-from dscheck.manifest.place import by_file
+from dscheck.manifest.place import block_count, by_file
 from dscheck.native import crc32c_blocks
 
 READ_BYTES = 16 << 20
@@ -62,21 +65,47 @@ def _verify_blocks(
     contents: Contents, rank: int, fragments: Fragments, advance: Callable[[int], None]
 ) -> Iterator[Damage]:
     key, block = contents.key(rank), contents.plan.block_bytes
-    stored = contents.checksums([rank])[rank]
+    blocks = contents.checksums([rank])[rank]
     step = max(block, READ_BYTES // block * block)
-    buffer = memoryview(bytearray(step))
+    buffer = np.empty(step, np.uint8)
+    coded = _Coded(contents, rank, blocks.stored, step) if blocks.stored is not None else None
     for fragment in sorted(fragments, key=lambda fragment: fragment.offset):
+        name = f"tensor '{contents.plan.tensors[fragment.tensor].name}' {fragment.region}"
         for start in range(0, fragment.nbytes, step):
-            data = buffer[: min(step, fragment.nbytes - start)]
-            contents.storage.read_into(key, fragment.offset + start, data)
-            found = crc32c_blocks(data, block)
-            first = fragment.first_block + start // block
-            for bad in np.flatnonzero(found != stored[first : first + len(found)]):
-                name = contents.plan.tensors[fragment.tensor].name
-                yield Damage(
-                    key,
-                    fragment.offset + start + int(bad) * block,
-                    f"tensor '{name}' {fragment.region}: crc32c {stored[first + bad]:#010x} stored, "
-                    f"{found[bad]:#010x} read",
-                )
+            data, failed = buffer[: min(step, fragment.nbytes - start)], set()
+            first, begin = fragment.first_block + start // block, fragment.offset + start
+            if coded is None:
+                contents.storage.read_into(key, begin, data.data)
+            else:
+                for bad in coded.read(first, data):
+                    failed.add(bad.raw_offset // block)
+                    yield Damage(key, bad.offset, f"{name}: {bad.what}")
+            found = crc32c_blocks(data.data, block)
+            for number in np.flatnonzero(found != blocks.checksums[first : first + len(found)]).tolist():
+                if number not in failed:
+                    crcs = f"crc32c {blocks.checksums[first + number]:#010x} stored, {found[number]:#010x}"
+                    where = begin + number * block if coded is None else coded.offset(first + number)
+                    yield Damage(key, where, f"{name}: {crcs} {'read' if coded is None else 'decoded'}")
             advance(len(data))
+
+
+class _Coded:
+    """The raw bytes of one coded data file, `step` at most at a time."""
+
+    def __init__(self, contents: Contents, rank: int, stored: StoredBlocks, step: int) -> None:
+        self._contents, self._key, self._stored = contents, contents.key(rank), stored
+        self._block = contents.plan.block_bytes
+        self._decoder, self._memory = RunDecoder(self._block), memoryview(bytearray(step))
+
+    def offset(self, block: int) -> int:
+        return int(self._stored.starts[block])
+
+    def read(self, first: int, out: NDArray[np.uint8]) -> Iterator[BadBlock]:
+        """Fill `out` with the blocks from `first` on; those that are damaged are yielded."""
+        run = Run(first, first + block_count(len(out), self._block), 0, len(out))
+        start, stop = stored_range(self._stored, [run])
+        if stop - start > len(out):
+            yield BadBlock(start, 0, f"{stop - start} bytes stored of {len(out)}")
+            return
+        self._contents.storage.read_into(self._key, start, self._memory[: stop - start])
+        yield from self._decoder.decode(self._stored, [run], self._memory[: stop - start], out)

@@ -11,6 +11,7 @@ import numpy as np
 from dscheck.commit.contents import Contents
 from dscheck.config import Settings
 from dscheck.layout.boxes import Ints
+from dscheck.load.blocks import stored_bytes
 from dscheck.load.needs import Needs
 from dscheck.load.passing import Passing
 from dscheck.load.place import mark_written
@@ -75,7 +76,7 @@ class Filling:
         shared, private = split.reads.take(np.array(ours, np.int64)), reads_of(split.private)
         order = _mixed(len(ours), len(private))
         reads, kept = Reads.joined(shared, private).take(order), order < len(ours)
-        self.read, self.once = reads.nbytes, shared.nbytes + split.private.nbytes
+        self.read, self.once = stored_bytes(reads, self._checksums), shared.nbytes + split.private.nbytes
         own = dict(zip(ours, np.argsort(order)[: len(ours)].tolist(), strict=True))
         try:
             with Reader(

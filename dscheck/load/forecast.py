@@ -9,6 +9,7 @@ import numpy as np
 
 from dscheck.commit.contents import Contents
 from dscheck.layout.region import Region
+from dscheck.load.blocks import stored_bytes
 from dscheck.load.needs import needs_of
 from dscheck.load.reads import reads_of
 
@@ -26,7 +27,8 @@ class Forecast:
 
 
 def forecast(contents: Contents, wanted: Sequence[tuple[int, Region]]) -> Forecast:
-    """What a rank reads that loads these regions of these tensors, by itself. Reads the plan, and no data.
+    """What a rank reads that loads these regions of these tensors, by itself. Reads the plan, of coded
+    files what they say of their blocks, and no data.
 
     Raises IncompleteCoverError when the step does not hold them.
     """
@@ -37,9 +39,10 @@ def forecast(contents: Contents, wanted: Sequence[tuple[int, Region]]) -> Foreca
     reads = reads_of(needs)
     writers = np.unique(reads.file).tolist()
     checksums = sum(contents.files[writer].checksums.size for writer in writers)
+    tables = contents.checksums([writer for writer in writers if contents.files[writer].coded])
     return Forecast(
         needs.nbytes,
-        index + checksums + reads.nbytes,
+        index + checksums + stored_bytes(reads, tables),
         len(writers),
         len(reads),
     )

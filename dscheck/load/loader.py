@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from dscheck.errors import (
 from dscheck.load.counted import Counted
 from dscheck.load.fill import Filling, Split, split
 from dscheck.load.index import HostIndex
-from dscheck.load.mail import NeighbourFailedError
+from dscheck.load.mail import NeighbourFailedError, NeighbourLateError
 from dscheck.load.needs import Needs, needs_of
 from dscheck.load.read import Checksums
 from dscheck.load.report import LoadReport
@@ -42,6 +42,9 @@ from dscheck.state.live import LiveState, Restore
 from dscheck.storage.base import Storage
 
 T = TypeVar("T")
+
+AGREEMENT_S, AGREEMENT_PART = 5.0, 0.1
+"""What an agreement takes, and at most which part of the time that is left."""
 
 LISTED = 10
 """How many names an error shows before it only counts the rest."""
@@ -98,7 +101,7 @@ class Loader:
         self._began = self._since = time.monotonic()
         self._phase_s: dict[str, float] = {}
         self._loading: Record | None = None
-        self._next: str | None = "prepared"
+        self._next: str | None = None
         """The round in which the other ranks will wait for this one; None: it has ended, and the load with it."""
         self._deadline = self._began + settings.timeout_s
         self.touched = self.vanished = False
@@ -124,7 +127,7 @@ class Loader:
     def run(self, request: Request, record: Record) -> LoadReport:
         """Load `record` into the live state. Collective: returns on all ranks or raises on all."""
         self._loading = record
-        prepared = self._act(lambda: self._prepare(request, record))
+        prepared = self._prepare_with_all(request, record)
         index_read = self._index.nbytes
         answer = self._exchange("prepared", Ok(pack(prepared.restore.unexpected)), _unexpected_everywhere)
         unexpected = tuple(unpack(answer))
@@ -196,9 +199,19 @@ class Loader:
             }
         )
 
+    def _prepare_with_all(self, request: Request, record: Record) -> _Prepared:
+        try:
+            return self._prepare(request, record)
+        except (NeighbourFailedError, NeighbourLateError):
+            # Not of this rank: the agreement tells all what that one says of itself, or that it is absent.
+            self._exchange("prepared", Ok(pack(None)), _unexpected_everywhere)
+            raise
+        except Exception as error:
+            self._fail("prepared", error)
+
     def _prepare(self, request: Request, record: Record) -> _Prepared:
         """All that can be known before the first byte is placed: names, shapes, dtypes, cover. Touches nothing."""
-        with HostIndex(self._index, self._wire, self._deadline) as index:
+        with HostIndex(self._index, self._wire, self._index_deadline()) as index:
             contents = Contents.open(self._index, record, index.fetch)
             saved = saved_state(contents, self._ranks.rank, self._ranks.size)
             restore = self._live.prepare(saved, request.only, request.strict)
@@ -209,6 +222,10 @@ class Loader:
             needs = needs_of(contents.plan, wanted)
             checksums = contents.checksums(np.unique(needs.file).tolist())
         return _Prepared(contents, restore, needs, checksums, index.received)
+
+    def _index_deadline(self) -> float:
+        """Soon enough before the deadline for the ranks of a host to agree with all others on whom they wait for."""
+        return self._deadline - min(AGREEMENT_S, AGREEMENT_PART * (self._deadline - time.monotonic()))
 
     def _fill(self, prepared: _Prepared, parts: Split) -> Filling:
         for device in {target.view.device for target in prepared.needs.targets} - {torch.device("cpu")}:
@@ -227,17 +244,17 @@ class Loader:
         """This rank's part before the next agreement; its failure ends that agreement for all."""
         try:
             return act()
-        except NeighbourFailedError:
-            if self._next is not None:
-                self._exchange(self._next, Ok(), _nothing)  # which ends by what that rank says of itself
-            raise
         except Exception as error:
-            known = self._explained(error)
-            if self._next is not None:
-                self.refuse(self._next, known)
-            if known is error:
-                raise
-            raise known from error
+            self._fail(self._next, error)
+
+    def _fail(self, phase: str | None, error: Exception) -> NoReturn:
+        """Raise what ends this rank's load, in the round of `phase` for all ranks, if there is one."""
+        known = self._explained(error)
+        if phase is not None:
+            self.refuse(phase, known)
+        if known is error:
+            raise error
+        raise known from error
 
     def _explained(self, error: Exception) -> Exception:
         """What failed because the step is not there any more says so."""
@@ -276,9 +293,20 @@ def _sums(posts: Sequence[bytes]) -> bytes:
 
 
 def _unexpected_everywhere(posts: Sequence[bytes]) -> bytes:
-    """Saved names that no rank wants: pipeline stages each want their own."""
-    names = [set(unpack(post)) for post in posts]
-    return pack(sorted(set.intersection(*names)))
+    """Saved names that no rank wants: pipeline stages each want their own. Raises RankFailureError where a rank has not
+    got the index.
+    """
+    found = [unpack(post) for post in posts]
+    without = tuple(rank for rank, names in enumerate(found) if names is None)
+    if without:
+        reason = "another rank of its host did not bring the index in time"
+        raise RankFailureError(
+            f"ranks {', '.join(map(str, without))}: {reason}; look at why it is late, or raise timeout_s",
+            ranks=without,
+            phase="load (prepared)",
+            messages=(reason,) * len(without),
+        )
+    return pack(sorted(set.intersection(*map(set, found))))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -24,6 +24,10 @@ class NeighbourFailedError(RankFailureError):
     """A rank of this host failed, and tells all ranks why in their next agreement."""
 
 
+class NeighbourLateError(DeadlineError):
+    """A rank of this host said nothing in time: the next agreement says whether it is there at all."""
+
+
 class Message(NamedTuple):
     """Bytes of rank `sender`, at `offset` of its file."""
 
@@ -76,7 +80,7 @@ class Letters:
     def next(self, deadline: float, phase: str) -> Message:
         """The next message, when it is complete.
 
-        Raises NeighbourFailedError when the sender said that it failed, or DeadlineError on time.monotonic().
+        Raises NeighbourFailedError when the sender said that it failed, or NeighbourLateError on time.monotonic().
         """
         pause_s = SHORTEST_S
         while (head := self._head())[0] == _NONE:
@@ -108,9 +112,9 @@ class Letters:
         head = os.pread(self._fd, _HEAD.size, self._next)
         return _HEAD.unpack(head) if len(head) == _HEAD.size else (_NONE, 0)
 
-    def _late(self, phase: str) -> DeadlineError:
+    def _late(self, phase: str) -> NeighbourLateError:
         waited_for = f"what rank {self.sender} has to say to the ranks of its host"
-        return DeadlineError(
+        return NeighbourLateError(
             f"{phase}: waited for {waited_for} until the deadline; look at why it is late, or raise timeout_s",
             ranks=(self.sender,),
             phase=phase,

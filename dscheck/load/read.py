@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dscheck.codec.runs import Run, RunDecoder, stored_range
 from dscheck.commit.contents import Contents
 from dscheck.commit.stored import ADVICE
 from dscheck.config import Settings
@@ -21,11 +22,14 @@ from dscheck.layout.boxes import Bools
 from dscheck.load.needs import Need, Needs
 from dscheck.load.place import Copies, Copy, Deliveries, is_plain
 from dscheck.load.reads import Read, Reads
+from dscheck.manifest.blocks import BlockTable, StoredBlocks
 from dscheck.native import File, NativeReader, place
 from dscheck.state.placements import Part
 from dscheck.storage.base import LocalFiles, Requests, Storage
 
-Checksums = Mapping[int, NDArray[np.uint32]]
+Checksums = Mapping[int, BlockTable]
+"""Of each data file that is read from."""
+
 Blocks = tuple[int, int, NDArray[np.uint32]]
 """Whole blocks side by side: their offset in the bytes read, their bytes, and the CRC32C of each."""
 
@@ -68,14 +72,19 @@ class Reader:
         self._added = self._finished = 0
         self._file: tuple[int, File] | None = None
         self._error: BaseException | None = None
-        longest = int((reads.stop - reads.start).max(initial=0))
-        most = max(AT_ONCE, settings.read_memory_bytes // (longest + BUFFER_EXTRA_BYTES))
-        threads = min(_threads(storage, settings), most, len(reads))
+        self._longest = longest = int((reads.stop - reads.start).max(initial=0))
+        coded = any(checksums[file].stored is not None for file in np.unique(reads.file).tolist())
+        threads = min(_threads(storage, settings), len(reads))
+        # A thread that decodes has what is stored in memory of its own.
+        budget = settings.read_memory_bytes - (threads * longest if coded else 0)
+        most = max(AT_ONCE, budget // (longest + BUFFER_EXTRA_BYTES))
+        threads = min(threads, most)
         self._kept, self._delivers = kept, self._form.delivers(reads)
         waits = bool((kept | self._delivers).any())
         buffers = min(most, len(reads)) if waits else threads  # each costs its first touch
         device = _page_locked_for(reads.needs.targets)
-        local = isinstance(storage, LocalFiles)
+        # Python's threads read all of it where they must decode some: buffers are given in the order of the reads.
+        self._local = local = isinstance(storage, LocalFiles) and not coded
         self._native = NativeReader(threads if local else 0, buffers, longest, self._block_bytes, device)
         for number in range(0 if local else threads):
             threading.Thread(target=self._fill, name=f"dscheck-read-{number}", daemon=True).start()
@@ -122,7 +131,7 @@ class Reader:
         needs = _delivered(read)
         if data.is_cpu or len(needs) < len(read.needs):
             form, every = _NativeForm(read.needs), slice(0, len(read.needs))
-            blocks = form.blocks(every, read.start, self._checksums[read.file])
+            blocks = form.blocks(every, read.start, self._checksums[read.file].checksums)
             damage = place(data.cpu().numpy(), self._block_bytes, blocks, form.copies(every, read.start))
             if damage is not None:
                 offset, stored, found = damage
@@ -137,14 +146,15 @@ class Reader:
             at = self._added
             file, start, stop = int(reads.file[at]), int(reads.start[at]), int(reads.stop[at])
             needs = slice(int(reads.begin[at]), int(reads.end[at]))
-            blocks, copies = self._form.blocks(needs, start, self._checksums[file]), self._form.copies(needs, start)
+            crcs = self._checksums[file].checksums
+            blocks, copies = self._form.blocks(needs, start, crcs), self._form.copies(needs, start)
             kept = bool(self._kept[at] or self._delivers[at])
             self._native.add(self._open(file), start, stop - start, blocks, copies, kept)
             self._added += 1
 
     def _open(self, rank: int) -> File | None:
         storage = self._storage
-        if not isinstance(storage, LocalFiles):
+        if not (self._local and isinstance(storage, LocalFiles)):
             return None
         if self._file is None or self._file[0] != rank:
             key = self._contents.key(rank)
@@ -193,13 +203,20 @@ class Reader:
         )
 
     def _corrupt(self, read: Read, offset: int, stored: int, found: int) -> DscheckError:
-        key = self._contents.key(read.file)
-        where = f"'{self._storage.url}/{key}' at {offset}"
+        how = "read" if self._checksums[read.file].stored is None else "decoded"
+        return self._damaged(read, offset, f"crc32c {stored:#010x} stored, {found:#010x} {how}")
+
+    def _damaged(self, read: Read, offset: int, what: str) -> DscheckError:
+        """`offset`: where the bad block lies by the plan."""
+        key, coded = self._contents.key(read.file), self._checksums[read.file].stored
         start, stop = read.needs.extents()
         need = read.needs[int(np.argmax((start <= offset) & (offset < stop)))]
+        if coded is not None:
+            block = need.fragment.first_block + (offset - need.fragment.offset) // self._block_bytes
+            offset = int(coded.starts[block])
         return CorruptCheckpointError(
-            f"fragment '{need.row.name}' {need.fragment.region} of step {self._contents.record.step}: crc32c "
-            f"{stored:#010x} stored, {found:#010x} read from {where}; {ADVICE}",
+            f"fragment '{need.row.name}' {need.fragment.region} of step {self._contents.record.step}: {what} from "
+            f"'{self._storage.url}/{key}' at {offset}; {ADVICE}",
             key=key,
             tensor=need.row.name,
             offset=offset,
@@ -216,15 +233,33 @@ class Reader:
 
     def _fill(self) -> None:
         """One thread that reads what native threads cannot."""
-        storage = self._storage
+        storage, decoder, memory = self._storage, RunDecoder(self._block_bytes), bytearray()
         try:
             while (number := self._native.next_to_fill(self._deadline)) is not None:
-                read = self._reads[number]
-                storage.read_into(self._contents.key(read.file), read.start, self._native.buffer(number).data)
+                read, buffer = self._reads[number], self._native.buffer(number)
+                coded = self._checksums[read.file].stored
+                if coded is None:
+                    storage.read_into(self._contents.key(read.file), read.start, buffer.data)
+                else:
+                    memory = memory or bytearray(self._longest)
+                    self._fetch(number, coded, decoder, memoryview(memory), buffer)
                 self._native.filled(number)
         except BaseException as error:
             self._error = self._error or error
             self._native.stop()
+
+    def _fetch(
+        self, number: int, coded: StoredBlocks, decoder: RunDecoder, memory: memoryview, out: NDArray[np.uint8]
+    ) -> None:
+        """The raw bytes of a read in `out`, from those of a coded file. Raises CorruptCheckpointError."""
+        read = self._reads[number]
+        runs = self._form.runs(slice(int(self._reads.begin[number]), int(self._reads.end[number])), read.start)
+        start, stop = stored_range(coded, runs)
+        if stop - start > len(out):
+            raise self._damaged(read, read.start + runs[0].offset, f"{stop - start} bytes stored of {len(out)}")
+        self._storage.read_into(self._contents.key(read.file), start, memory[: stop - start])
+        for bad in decoder.decode(coded, runs, memory[: stop - start], out):
+            raise self._damaged(read, read.start + bad.raw_offset, bad.what)
 
 
 class _NativeForm:
@@ -245,12 +280,16 @@ class _NativeForm:
 
     def blocks(self, needs: slice, start: int, crcs: NDArray[np.uint32]) -> list[Blocks]:
         """What is to be verified of these bytes, each block once."""
+        return [(run.offset, run.nbytes, crcs[run.first : run.last]) for run in self.runs(needs, start)]
+
+    def runs(self, needs: slice, start: int) -> list[Run]:
+        """Their blocks, each once, ascending."""
         found, verified, verified_to = [], -1, 0
         for first, last, begin, end in sorted(self._blocks[needs].tolist()):
             if first < verified:
                 first, begin = verified, verified_to
             if first < last:
-                found.append((begin - start, end - begin, crcs[first:last]))
+                found.append(Run(first, last, begin - start, end - begin))
                 verified, verified_to = last, end
         return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from dscheck.errors import CorruptCheckpointError, UnsupportedFormatError
@@ -22,15 +22,15 @@ class Fields:
     def __init__(self, members: Mapping[str, Any], key: str, where: str = "") -> None:
         self._members, self._key, self._where = members, key, where
 
-    def envelope(self, *kinds: str) -> str:
-        """The object's kind, once its version and requirements are known to be ours."""
+    def envelope(self, *kinds: str, known: Collection[str] = ()) -> str:
+        """The object's kind, once its version is ours, and what it requires is `known`."""
         version, requires = self.get("version"), self.get("requires")
         if type(version) is not int or type(requires) is not list:
             raise self.corrupt("version", "and 'requires' are not a number and a list")
-        if version != VERSION or requires:
+        if version != VERSION or any(name not in known for name in requires):
             raise UnsupportedFormatError(
                 f"'{self._key}' has format version {version} and requires {requires}; this dscheck reads version "
-                f"{VERSION} without extensions: use a newer one",
+                f"{VERSION} with {', '.join(known) or 'no extensions'}: use a newer one",
                 key=self._key,
                 version=version,
                 requires=requires,

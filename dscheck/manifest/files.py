@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dscheck.errors import LayoutError
+from dscheck.manifest.blocks import CODED_BYTES, CRC_BYTES, is_coded
 from dscheck.manifest.fields import SHA256
 from dscheck.manifest.keys import LARGEST
 from dscheck.manifest.place import CHECKSUM_ALIGNMENT, align
-
-CHECKSUM_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +27,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class FileRow:
-    """The data file of `rank`: fragments, then `checksums` (a little-endian uint32 a block), `ours`, `mine`."""
+    """The data file of `rank`: its blocks, then `checksums` (a BlockTable), `ours`, `mine`."""
 
     rank: int
     size: int
@@ -37,11 +36,16 @@ class FileRow:
     ours: Extent
     mine: Extent
 
+    @property
+    def coded(self) -> bool:
+        return is_coded(self.checksums.size, self.blocks)
+
 
 def validate_files(rows: Sequence[FileRow], ends: Sequence[tuple[int, int]] | None = None) -> None:
     """Raises LayoutError unless there is one row a rank, in order, and each file is laid out without a gap or overlap.
 
-    With a plan's `file_ends`, unless the rows also are those of its ranks, with its fragments and blocks.
+    With a plan's `file_ends`, unless the rows also are those of its ranks, with its fragments and blocks. Coded blocks
+    are at most as long as raw ones, and nothing lies between them.
     """
     for number, row in enumerate(rows):
         _check_row(number, row)
@@ -50,10 +54,12 @@ def validate_files(rows: Sequence[FileRow], ends: Sequence[tuple[int, int]] | No
     if len(rows) != len(ends):
         raise LayoutError(f"{len(rows)} data files, the plan has {len(ends)} ranks")
     for row, (end, blocks) in zip(rows, ends, strict=True):
-        if (row.blocks, row.checksums.offset) != (blocks, align(end, CHECKSUM_ALIGNMENT)):
+        limit = align(end, CHECKSUM_ALIGNMENT)
+        fits = row.checksums.offset <= limit if row.coded else row.checksums.offset == limit
+        if row.blocks != blocks or not fits:
             raise LayoutError(
                 f"data file {row.rank} has {row.blocks} blocks with checksums at {row.checksums.offset}; "
-                f"by the plan {blocks} at {align(end, CHECKSUM_ALIGNMENT)}"
+                f"by the plan {blocks} at {limit}" + (" or before" if row.coded else "")
             )
 
 
@@ -66,7 +72,10 @@ def _check_row(number: int, row: FileRow) -> None:
     numbers = (row.size, row.blocks, *(part.offset for part in parts), *(part.size for part in parts))
     if min(numbers) < 0 or max(numbers) > LARGEST:
         raise LayoutError(f"data file {number} has sizes outside 0 to 2**63: {numbers}")
-    if row.checksums.offset % CHECKSUM_ALIGNMENT or row.checksums.size != row.blocks * CHECKSUM_BYTES:
+    if row.checksums.offset % CHECKSUM_ALIGNMENT or row.checksums.size not in (
+        row.blocks * CRC_BYTES,
+        row.blocks * CODED_BYTES,
+    ):
         raise LayoutError(
             f"data file {number} has {row.blocks} blocks and {row.checksums.size} bytes of checksums at "
             f"{row.checksums.offset}"

@@ -10,6 +10,9 @@ from dscheck.manifest.fields import VERSION, Fields
 from dscheck.manifest.keys import parse_deletion_key, parse_pin_key, parse_record_key, parse_term_key
 from dscheck.manifest.text import seal, unseal
 
+CODED = "codec"
+"""What a record requires of its reader when a data file of the step is coded."""
+
 
 @dataclass(frozen=True, slots=True)
 class Digest:
@@ -55,6 +58,7 @@ class Record:
 
     `started` and `committed`: seconds since 1970, by the coordinator's clock. `versions`: what wrote it, for people.
     `metrics`: what the caller measured, by name; None for what was not finite.
+    `requires`: what else than version 1 a reader must know.
     """
 
     step: int
@@ -68,6 +72,7 @@ class Record:
     committed: float
     id: str
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    requires: tuple[str, ...] = ()
 
     def encode(self) -> bytes:
         """The text of `records/<step>-<term>.json`."""
@@ -138,7 +143,7 @@ def decode_term(data: bytes, key: str) -> Term:
 def decode_record(data: bytes, key: str) -> Record | Tombstone:
     """What the object `key` holds. Raises CorruptCheckpointError, or UnsupportedFormatError for another version's."""
     fields = Fields(unseal(data, key), key)
-    kind = fields.envelope("record", "tombstone")
+    kind = fields.envelope("record", "tombstone", known=(CODED,))
     found: Record | Tombstone
     if kind == "tombstone":
         found = Tombstone(fields.count("step"), fields.count("term"), fields.text("by"), fields.number("time"))
@@ -185,6 +190,7 @@ def _record(fields: Fields) -> Record:
         committed=fields.number("committed"),
         id=fields.text("id"),
         metrics=fields.numbers("metrics"),
+        requires=tuple(fields.items("requires")),
     )
 
 
@@ -205,4 +211,4 @@ def _parent(fields: Fields) -> tuple[int, int] | None:
 def _encode(kind: str, body: dict[str, Any]) -> bytes:
     if kind == "term" and body["parent"] is not None:
         body["parent"] = dict(zip(("term", "step"), body["parent"], strict=True))
-    return seal({"version": VERSION, "requires": [], "kind": kind, **body})
+    return seal({"version": VERSION, "requires": list(body.pop("requires", ())), "kind": kind, **body})

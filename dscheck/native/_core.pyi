@@ -28,6 +28,22 @@ def crc32c_blocks(data: Buffer | _HostTensor, block_bytes: int) -> NDArray[np.ui
     Raises as crc32c() does, and ValueError for a `block_bytes` below 1.
     """
 
+def crc32c_parts(data: Buffer | _HostTensor, sizes: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The CRC32C of each of the parts, `sizes` bytes long, that lie side by side in `data` and are all of it.
+
+    Raises as crc32c() does, and ValueError for parts that are not.
+    """
+
+def shuffle_blocks(data: Buffer | _HostTensor, width: int, block_bytes: int, out: NDArray[np.uint8]) -> None:
+    """Each block of `data` as its byte planes in `out`: byte i of element j of n at i * n + j of the block.
+
+    Elements have `width` bytes: 1, 2, 4 or 8. Raises as crc32c() does, and ValueError for blocks that are not whole
+    elements, and for an `out` of another length or in the same memory.
+    """
+
+def unshuffle(data: Buffer | _HostTensor, width: int, out: NDArray[np.uint8]) -> None:
+    """The elements in `out` whose byte planes are `data`, one block. Raises as `shuffle_blocks` does."""
+
 def crc32c_is_accelerated() -> bool:
     """Whether crc32c() runs on CRC instructions on this CPU."""
 

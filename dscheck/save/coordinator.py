@@ -17,7 +17,7 @@ from dscheck.config import Settings
 from dscheck.errors import ConfigError, LayoutError, SupersededError
 from dscheck.manifest.arrow import encode_files
 from dscheck.manifest.files import Extent, FileRow, validate_files
-from dscheck.manifest.record import Digest, Record, Term
+from dscheck.manifest.record import CODED, Digest, Record, Term
 from dscheck.ranks.message import pack, unpack
 from dscheck.save.claims import RankClaims, pack_exceptions
 from dscheck.save.merge import merge
@@ -131,6 +131,7 @@ class Coordinator:
             committed=time.time(),
             id=attempt.id,
             metrics=attempt.metrics,
+            requires=(CODED,) if any(row.coded for row in rows) else (),
         )
         publish(self._storage, record)
         self._committed = attempt.step

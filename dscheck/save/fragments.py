@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dscheck.config import Settings
 from dscheck.layout.region import Region
-from dscheck.manifest.place import place
+from dscheck.manifest.place import block_count, place
 from dscheck.save.parts import Free
 from dscheck.save.shares import Box
 from dscheck.save.trace import Trace
@@ -34,7 +34,7 @@ class Layout:
         self.sizes = [box.nbytes for box in boxes]
         self.numbers = [sources.get(box.key) for box in boxes]
         self.offsets, self.blocks, self.end = place(self.sizes, block_bytes)
-        self.block_count = sum(-(-size // block_bytes) for size in self.sizes)
+        self.block_count = sum(block_count(size, block_bytes) for size in self.sizes)
         places = zip(self.numbers, self.offsets, self.blocks, strict=True)
         captured = {number: (offset, block) for number, offset, block in places if number is not None}
         self.placement = Placement.of(plan, captured)

@@ -18,6 +18,7 @@ from dscheck.ranks.base import Failed, Ok, Ranks
 from dscheck.ranks.message import pack, unpack
 from dscheck.save.attempt import Attempt, Moment
 from dscheck.save.claims import unpack_exceptions
+from dscheck.save.codecs import choice_of
 from dscheck.save.coordinator import pack_row
 from dscheck.save.fragments import Layout
 from dscheck.save.handle import GRACE_S
@@ -61,6 +62,7 @@ class Stages:
         self._storage, self._ranks, self._settings = storage, ranks, settings
         self._standing, self._make, self._check_stop = standing, make, check
         self._layout: Layout | None = None
+        self._codecs = choice_of(settings)
 
     def run(self, attempt: Attempt) -> None:
         """Commit it, or raise why not: the caller then tells the others."""
@@ -140,17 +142,19 @@ class Stages:
         attempt.settle("late")
         with trace.span("encode objects"):
             objects = moment.objects()
-        file = DataFile(
-            self._storage, data_key(attempt.step, term, rank), self._settings, trace, lambda: self._check(attempt)
-        )
+        key = data_key(attempt.step, term, rank)
+        file = DataFile(self._storage, key, self._settings, trace, lambda: self._check(attempt))
         fragments = attempt.fragments(self._layout_of(moment.shares, boxes))
-        row = file.write(rank, fragments.layout.sizes, fragments, objects)
+        began = time.monotonic()
+        row = file.write(rank, fragments.layout.sizes, fragments, objects, self._codecs.of(boxes))
+        wrote_s = time.monotonic() - began
         attempt.handle.stats.written_s = time.monotonic() - attempt.handle.began
         try:
             self._join(attempt, "arrive", Ok(pack_row(row)))
         except (DeadlineError, RankFailureError) as error:
             if not self._committed_anyhow(attempt.step, term, answer["id"], error):
                 raise
+        self._codecs.wrote(self._storage, key, fragments.layout, wrote_s)
 
     def _committed_anyhow(self, step: int, term: int, id: str, error: DscheckError) -> bool:
         """The coordinator may have committed and died, or been too slow to say so: the record knows (C7)."""

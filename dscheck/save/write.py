@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dscheck.config import Settings
 from dscheck.errors import DscheckError
+from dscheck.manifest.blocks import BlockTable, Codec
 from dscheck.manifest.files import Extent, FileRow
 from dscheck.manifest.place import CHECKSUM_ALIGNMENT, align, block_count, place
+from dscheck.save.coded import write_coded
 from dscheck.save.fragments import Fragments
 from dscheck.save.parts import JOINED_BYTES, Free, InParts
 from dscheck.save.trace import Trace
@@ -72,6 +73,8 @@ class _Batched:
 
 
 Appending = _Batched | InParts
+Lent = tuple[Chunk, Free | None]
+"""A chunk, and what gives its memory back; None: it may change when the next one is asked for."""
 
 
 class DataFile:
@@ -81,23 +84,31 @@ class DataFile:
         self._storage, self._key, self._trace, self._stop, self._settings = storage, key, trace, stop, settings
         self._block_bytes = settings.block_bytes
 
-    def write(self, rank: int, sizes: Sequence[int], fragments: Iterable[Iterable[Chunk]], objects: Objects) -> FileRow:
+    def write(
+        self,
+        rank: int,
+        sizes: Sequence[int],
+        fragments: Iterable[Iterable[Chunk]],
+        objects: Objects,
+        codecs: Sequence[Codec] = (),
+    ) -> FileRow:
         """Write it durably and return its row of files.arrow.
 
         `fragments` in the order of the plan, `sizes` their bytes; each chunk may change as soon as the next one is
-        asked for. After any error, those that the chunks raise included, nothing is left that a reader could take for
-        whole.
+        asked for. `codecs`, one a fragment, make it a coded file. After any error, those that the chunks raise
+        included, nothing is left that a reader could take for whole.
         """
         writer = self._storage.create(self._key)
         out: Appending
         try:
-            if isinstance(fragments, Fragments) and fragments.fillable and isinstance(writer, FileWriter):
-                out, crcs = self._fill(writer, fragments)
+            fillable = isinstance(fragments, Fragments) and fragments.fillable
+            if isinstance(fragments, Fragments) and fillable and isinstance(writer, FileWriter) and not codecs:
+                out, blocks = self._fill(writer, fragments)
             else:
                 out = self._appending(writer, sizes, fragments, objects)
-                crcs = self._stream(out, sizes, fragments)
+                blocks = self._encode(out, sizes, fragments, codecs) if codecs else self._stream(out, sizes, fragments)
             out.pad_to(align(out.offset, CHECKSUM_ALIGNMENT))
-            extents = [_append(out, text) for text in (crcs.astype("<u4").tobytes(), objects.ours, objects.mine)]
+            extents = [_append(out, text) for text in (blocks.encode(), objects.ours, objects.mine)]
             out.flush()
             self._stop()
             with self._trace.span("commit the data file"):
@@ -107,9 +118,9 @@ class DataFile:
             raise
         if size != out.offset:
             raise self._wrong(f"{size} bytes stored, {out.offset} written")
-        return FileRow(rank, size, len(crcs), *extents)
+        return FileRow(rank, size, len(blocks.checksums), *extents)
 
-    def _fill(self, writer: FileWriter, fragments: Fragments) -> tuple[_Batched, NDArray[np.uint32]]:
+    def _fill(self, writer: FileWriter, fragments: Fragments) -> tuple[_Batched, BlockTable]:
         """All fragments by native threads: the file is written up to where they end, and has these checksums."""
         end = fragments.layout.end
         with self._trace.span("fill the data file", end), writer.reserved(end) as file:
@@ -117,7 +128,7 @@ class DataFile:
             if crcs is None:
                 self._stop()
                 raise self._wrong("not written in time")
-        return _Batched(writer, self._trace, self._stop, end), crcs
+        return _Batched(writer, self._trace, self._stop, end), BlockTable(crcs)
 
     def _appending(
         self, writer: ObjectWriter, sizes: Sequence[int], fragments: Iterable[Iterable[Chunk]], objects: Objects
@@ -130,37 +141,44 @@ class DataFile:
         may_hold = (lambda: fragments.has_room) if isinstance(fragments, Fragments) else (lambda: False)
         return InParts(writer, nbytes, self._trace, self._stop, may_hold)
 
-    def _stream(self, out: Appending, sizes: Sequence[int], fragments: Iterable[Iterable[Chunk]]) -> NDArray[np.uint32]:
+    def _stream(self, out: Appending, sizes: Sequence[int], fragments: Iterable[Iterable[Chunk]]) -> BlockTable:
         """The same, from this thread, in order."""
-        checksums = []
+        checksums = [np.empty(0, np.uint32)]
         for offset, nbytes, chunks in zip(place(sizes, self._block_bytes)[0], sizes, _lent(fragments), strict=True):
             out.pad_to(offset)
-            checksums += self._append(out, chunks, nbytes)
-        return np.concatenate(checksums) if checksums else np.empty(0, np.uint32)
+            for chunk, free in self._whole(chunks, nbytes):
+                checksums.append(chunk.checksums.copy())
+                out.write(chunk.data.data, free)
+        return BlockTable(np.concatenate(checksums))
 
-    def _append(
-        self, out: Appending, chunks: Iterable[tuple[Chunk, Free | None]], nbytes: int
-    ) -> list[NDArray[np.uint32]]:
-        """One fragment; returns the checksums of its blocks, chunk by chunk.
+    def _encode(
+        self, out: Appending, sizes: Sequence[int], fragments: Iterable[Iterable[Chunk]], codecs: Sequence[Codec]
+    ) -> BlockTable:
+        """The same, block behind block, as they are encoded."""
+        whole = (self._whole(_own(chunks), nbytes) for nbytes, chunks in zip(sizes, fragments, strict=True))
+        plain = ((chunk for chunk, _ in chunks) for chunks in whole)
+        with self._trace.span("encode the data file", sum(sizes)):
+            return write_coded(out.write, plain, codecs, self._block_bytes, self._settings.io_threads)
 
-        All but its last chunk are multiples of the block length.
-        """
-        end, checksums = out.offset + nbytes, []
+    def _whole(self, chunks: Iterable[Lent], nbytes: int) -> Iterator[Lent]:
+        """The chunks of one fragment, all but the last multiples of the block length; raises when they are not it."""
+        found = blocks = 0
         for chunk, free in chunks:
-            checksums.append(chunk.checksums.copy())
-            out.write(chunk.data.data, free)
-        if out.offset != end or sum(map(len, checksums)) != block_count(nbytes, self._block_bytes):
-            raise self._wrong(f"a fragment of {nbytes} bytes came as {nbytes + out.offset - end}, or in odd chunks")
-        return checksums
+            found, blocks = found + len(chunk.data), blocks + len(chunk.checksums)
+            yield chunk, free
+        if found != nbytes or blocks != block_count(nbytes, self._block_bytes):
+            raise self._wrong(f"a fragment of {nbytes} bytes came as {found}, or in odd chunks")
 
     def _wrong(self, what: str) -> DscheckError:
         return DscheckError(f"{self._storage.url}/{self._key}: {what}", key=self._key)
 
 
-def _lent(fragments: Iterable[Iterable[Chunk]]) -> Iterable[Iterable[tuple[Chunk, Free | None]]]:
-    if isinstance(fragments, Fragments):
-        return fragments.lent()
-    return (((chunk, None) for chunk in chunks) for chunks in fragments)
+def _lent(fragments: Iterable[Iterable[Chunk]]) -> Iterable[Iterable[Lent]]:
+    return fragments.lent() if isinstance(fragments, Fragments) else map(_own, fragments)
+
+
+def _own(chunks: Iterable[Chunk]) -> Iterator[Lent]:
+    return ((chunk, None) for chunk in chunks)
 
 
 def _append(out: Appending, text: bytes) -> Extent:

@@ -120,8 +120,10 @@ def _open_memory(url: str, options: Mapping[str, Any]) -> Storage:
 
 
 def _open_s3(url: str, options: Mapping[str, Any]) -> Storage:
-    from dscheck.storage.s3 import S3Storage  # botocore takes 0.2 s to import
-
+    try:
+        from dscheck.storage.s3 import S3Storage  # botocore takes 0.2 s to import
+    except ImportError as error:
+        raise ConfigError(f"s3:// needs a package that is missing: {error}; pip install 'dscheck[s3]'") from error
     return S3Storage(url.partition("://")[2], options)
 
 

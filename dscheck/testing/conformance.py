@@ -115,9 +115,13 @@ class StorageConformance:
 
         def claims(rank: int) -> list[bool]:
             won = []
-            for key in keys:
-                barrier.wait()
-                won.append(storage.put_if_absent(key, _claim(rank)))
+            try:
+                for key in keys:
+                    barrier.wait()
+                    won.append(storage.put_if_absent(key, _claim(rank)))
+            except StorageError:
+                barrier.abort()  # the others need not wait for this one
+                raise
             return won
 
         with ThreadPoolExecutor(self.race_threads) as pool:

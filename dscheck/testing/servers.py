@@ -90,11 +90,11 @@ class S3Server(ABC):
 
     def __enter__(self) -> S3Server:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._prepare()
         try:
+            self._prepare()
             self.start()
-        except BaseException:
-            self.kill()
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
             raise
         return self
 
@@ -105,22 +105,26 @@ class S3Server(ABC):
 
     def start(self) -> None:
         """Return when it answers. Raises RuntimeError, with the end of its log, when it does not within READY_S."""
-        with open(self.folder / "server.log", "ab") as log:
-            self._process = subprocess.Popen(
-                [find_program(self.program), *self._command()],
-                cwd=self.folder,
-                env={**os.environ, **self._environment()},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                preexec_fn=_die_with_parent,
-            )
+        self._process = self.spawn([find_program(self.program), *self._command()])
         deadline = time.monotonic() + READY_S
         while not self._is_ready():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 tail = (self.folder / "server.log").read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"{self.program} did not come up on {self.endpoint}:\n{tail}")
             time.sleep(_POLL_S)
+
+    def spawn(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """A process in the folder, which writes to the log and ends with this thread."""
+        with open(self.folder / "server.log", "ab") as log:
+            return subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env={**os.environ, **self._environment()},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=die_with_parent,
+            )
 
     def kill(self) -> None:
         """SIGKILL, and wait for its end."""
@@ -256,5 +260,6 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
+    """Runs in a child between fork and exec: it is killed when the thread that started it ends."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -105,6 +105,34 @@ def test_inspect_shows_tensors_and_who_holds_and_wrote_their_fragments(root: Pat
     assert "model.w" in dscheck("inspect", str(root)).stdout
 
 
+def test_inspect_verify_and_plan_know_of_codecs(tmp_path: Path) -> None:
+    zeros, noise = torch.zeros(1 << 20), torch.randint(0, 256, (1 << 20,), dtype=torch.uint8)
+    with Checkpointer(tmp_path, {"m": {"zeros": zeros, "noise": noise}}, codec="shuffle-zstd") as ckpt:
+        ckpt.save(1).wait(60)
+    rows = {row["tensor"]: row for row in json.loads(dscheck("inspect", str(tmp_path), "--json").stdout)["rows"]}
+    assert (rows["m.noise"]["codec"], rows["m.noise"]["stored"], rows["m.noise"]["ratio"]) == ("none", 1 << 20, 1.0)
+    assert (rows["m.zeros"]["codec"], rows["m.zeros"]["bytes"]) == ("shuffle-zstd", 4 << 20)
+    assert rows["m.zeros"]["ratio"] > 1000
+    fragment = json.loads(dscheck("inspect", str(tmp_path), "--tensor", "m.zeros", "--json").stdout)["rows"][0]
+    assert {name: fragment[name] for name in ("codec", "stored")} == {
+        name: rows["m.zeros"][name] for name in ("codec", "stored")
+    }
+    shown = dscheck("inspect", str(tmp_path)).stdout
+    assert "stored, written by" in shown
+    (plan,) = json.loads(dscheck("plan", str(tmp_path), "--to", "dp=1", "--json").stdout)["rows"]
+    assert plan["wanted"] == 5 << 20
+    assert 1 << 20 < plan["read"] < 1.1 * (1 << 20)
+    assert dscheck("verify", str(tmp_path)).returncode == 0
+    path = next(tmp_path.glob("steps/1/1/data-0.bin"))
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.unlink()
+    path.write_bytes(data)
+    found = dscheck("verify", str(tmp_path))
+    assert found.returncode == 1
+    assert "m.noise" in found.stdout
+
+
 def test_inspect_of_a_name_that_is_not_there_names_close_ones(root: Path) -> None:
     found = dscheck("inspect", str(root), "--tensor", "model.ww")
     assert found.returncode == 1

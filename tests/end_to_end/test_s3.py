@@ -63,6 +63,18 @@ def test_what_was_saved_in_parts_is_loaded(server: SeaweedFS, settings: dict[str
     assert [*storage.unfinished("")] == []
 
 
+@pytest.mark.parametrize("settings", [{}, {"host_memory_bytes": 8 * MIB, "piece_bytes": MIB}])
+def test_coded_blocks_go_up_in_parts_too(server: SeaweedFS, settings: dict[str, int]) -> None:
+    storage, state = opened(server), {"w": torch.randn(5_000_000, generator=torch.Generator().manual_seed(6))}
+    found = {"w": torch.zeros(5_000_000)}
+    with Checkpointer(storage, state, rng=False, codec="shuffle-zstd", **settings) as ckpt:
+        ckpt.save(1).wait(60)
+    (size,) = [entry.size for entry in storage.list("steps/") if entry.key.endswith("data-0.bin")]
+    assert 10 * MIB < size < 0.95 * state["w"].nbytes
+    load(storage, [found])
+    assert_same(found, state)
+
+
 def test_ranks_share_a_bucket_and_another_number_of_them_loads(server: SeaweedFS) -> None:
     storage, found = opened(server), empty()
     save(storage, 3, [filled(2), filled(2)])

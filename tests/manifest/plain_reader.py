@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import zstandard
 
 SIZES = {
     1: "bool int8 uint8 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn_x2",
@@ -55,7 +56,8 @@ def sealed(data: bytes, *kinds: str) -> dict:
     text, digest = data[:-78], re.fullmatch(rb',"sha256":"([0-9a-f]{64})"\}\n', data[-78:])
     check(digest is not None and hashlib.sha256(text).hexdigest() == digest[1].decode(), "seal")
     body = json.loads(text.decode("ascii") + "}")
-    check(body["version"] == 1 and body["requires"] == [] and body["kind"] in kinds, "another version or kind")
+    known = [[], ["codec"]] if body["kind"] == "record" else [[]]
+    check(body["version"] == 1 and body["requires"] in known and body["kind"] in kinds, "another version or kind")
     return body
 
 
@@ -147,17 +149,58 @@ def plain(value: object) -> object:
     return deque(plain(v), value["maxlen"]) if tag == "deque" else build[tag](plain(v))
 
 
+def frame(data: bytes, size: int) -> bytes:
+    """The content of a zstd frame."""
+    head = zstandard.get_frame_parameters(data)
+    check(head.content_size == size and head.window_size <= max(size, 1024) and not head.dict_id, "a zstd frame")
+    raw = zstandard.ZstdDecompressor().decompress(data, size, allow_extra_data=False)
+    check(len(raw) == size, "size of a zstd frame")
+    return raw
+
+
+def raw_block(stored: bytes, codec: int, size: int) -> bytes:
+    """One block of a coded file, which has matched its checksum."""
+    check(codec <= 4 and (len(stored) == size if codec == 0 else 0 < len(stored) < size), "a stored block")
+    if codec < 2:
+        return frame(stored, size) if codec else stored
+    width = (2, 4, 8)[codec - 2]
+    sizes, at, planes = np.frombuffer(stored[: 4 * width], "<u4").tolist(), 4 * width, []
+    for length in sizes:
+        plane, at = stored[at : at + length], at + length
+        planes.append(plane if length == size // width else frame(plane, size // width))
+    check(at == len(stored) and len(sizes) == width and size % width == 0, "planes")
+    return np.frombuffer(b"".join(planes), np.uint8).reshape(width, -1).T.tobytes()
+
+
+def raw_data(data: bytes, row: SimpleNamespace, checksums: bytes, fragments: list, block: int) -> bytes:
+    """The fragments of a coded file where they would lie in a plain one."""
+    columns, codecs = np.frombuffer(checksums, "<u4", 3 * row.blocks).reshape(3, -1), checksums[12 * row.blocks :]
+    raw, number, free = bytearray(max(f.offset + f.nbytes for f in fragments)), 0, 0
+    for fragment in fragments:
+        for at in range(0, fragment.nbytes, block):
+            stored, size = data[free : free + int(columns[2][number])], min(block, fragment.nbytes - at)
+            check(crc32c(stored) == columns[1][number], f"stored block {number}")
+            raw[fragment.offset + at : fragment.offset + at + size] = raw_block(stored, codecs[number], size)
+            number, free = number + 1, free + len(stored)
+    check(number == row.blocks and row.checksums_offset == -(-free // 8) * 8, "end of stored blocks")
+    return bytes(raw)
+
+
 def data_file(folder: Path, row: SimpleNamespace, rank: SimpleNamespace, fragments: list, block: int) -> tuple:
     """The bytes of a data file, every block of which is whole, and its two texts."""
     data = (path := folder / f"data-{row.rank}.bin").read_bytes()
     check(len(data) == row.size == row.mine_offset + row.mine_size, f"size of {path}")
-    ends = -(-rank.end // 8) * 8, row.checksums_offset + row.checksums_size, row.ours_offset + row.ours_size
-    check((row.checksums_offset, row.ours_offset, row.mine_offset) == ends, "places of parts")
+    coded, end = row.blocks > 0 and row.checksums_size == 13 * row.blocks, -(-rank.end // 8) * 8
+    check(row.checksums_offset <= end if coded else row.checksums_offset == end, "place of checksums")
+    ends = row.checksums_offset + row.checksums_size, row.ours_offset + row.ours_size
+    check((row.ours_offset, row.mine_offset) == ends, "places of parts")
     parts = {p: data[getattr(row, f"{p}_offset") :][: getattr(row, f"{p}_size")] for p in PARTS}
     for name, part in parts.items():
         check(hashlib.sha256(part).digest() == getattr(row, f"{name}_sha256"), f"{name} of {path}")
-    sums, number, free = np.frombuffer(parts["checksums"], "<u4").tolist(), 0, 0
-    for fragment in sorted((f for f in fragments if f.writer == row.rank), key=lambda f: f.offset):
+    mine = sorted((f for f in fragments if f.writer == row.rank), key=lambda f: f.offset)
+    data = raw_data(data, row, parts["checksums"], mine, block) if coded else data
+    sums, number, free = np.frombuffer(parts["checksums"][: 4 * row.blocks], "<u4").tolist(), 0, 0
+    for fragment in mine:
         check(fragment.offset >= free and fragment.offset % (4096 if fragment.nbytes >= 1 << 20 else 64) == 0, "offset")
         check(fragment.first_block == number, "first block")
         free = fragment.offset + fragment.nbytes
@@ -165,7 +208,7 @@ def data_file(folder: Path, row: SimpleNamespace, rank: SimpleNamespace, fragmen
             check(crc32c(data[at : min(at + block, free)]) == sums[number], f"block {number} of {path}")
             number += 1
     check(number == len(sums) == row.blocks == rank.blocks and free == rank.end, "number of blocks")
-    return data, sealed(parts["ours"], "objects"), sealed(parts["mine"], "objects")
+    return data, sealed(parts["ours"], "objects"), sealed(parts["mine"], "objects"), coded
 
 
 def read(root: str | Path) -> SimpleNamespace:
@@ -177,6 +220,7 @@ def read(root: str | Path) -> SimpleNamespace:
     (files,), _ = tables(digested((folder / "files.arrow").read_bytes(), **record["files"]), "files")
     check([r.rank for r in ranks] == [row.rank for row in files] == list(range(len(ranks))), "ranks")
     stored = [data_file(folder, row, rank, fragments, block) for row, rank in zip(files, ranks, strict=True)]
+    check(record["requires"] == ["codec"] * any(coded for *_, coded in stored), "requires")
     whole, nbytes = {}, 0
     for index, tensor in enumerate(tensors):
         raw = f"V{ITEMSIZE[tensor.dtype]}"

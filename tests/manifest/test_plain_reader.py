@@ -40,7 +40,7 @@ def root(tmp_path: Path) -> Path:
 
 def test_the_reader_is_short_and_knows_nothing_of_dscheck() -> None:
     source = Path(plain_reader.__file__).read_text()
-    assert len(source.splitlines()) <= 200
+    assert len(source.splitlines()) <= 250
     imported = {
         (node.module if isinstance(node, ast.ImportFrom) else alias.name).partition(".")[0]
         for node in ast.walk(ast.parse(source))

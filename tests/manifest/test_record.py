@@ -131,7 +131,7 @@ def test_metrics_are_numbers_or_null() -> None:
 
 
 @pytest.mark.parametrize("kind", DECODE)
-@pytest.mark.parametrize("members", [{"version": 2}, {"version": 0}, {"requires": ["codec"]}])
+@pytest.mark.parametrize("members", [{"version": 2}, {"version": 0}, {"requires": ["planes"]}])
 def test_another_version_is_named_as_such(kind: str, members: dict[str, Any]) -> None:
     """format F15"""
     decode, key = DECODE[kind]

@@ -64,6 +64,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_what_eight_replicas_read_of_a_coded_step_is_passed_on_decoded(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path / "root", {"w": weights(1)}, rng=False, block_bytes=BLOCK, codec="shuffle-zstd") as ckpt:
+        ckpt.save(1).wait()
+    found = Job(tmp_path / "job", 8, replicas, str(tmp_path / "root"), True, 3).results()
+    wanted = sum(tensor.nbytes for tensor in weights(1).values())
+    asked = sum(nbytes for nbytes, _ in found)
+    for _, report in found:
+        assert report.bytes_read_by_all == sum(other.bytes_read for _, other in found)
+        assert 0.98 * report.bytes_read_by_all <= asked < 0.95 * wanted
+        assert report.bytes_received >= 0.8 * wanted
+
+
 @pytest.mark.parametrize("a_host", [1, 3, 8], ids=["over the group", "both ways", "through shared memory"])
 @pytest.mark.parametrize("wrapped", [True, False], ids=["counting storage", "local files"])
 def test_eight_replicas_read_what_they_want_once(root: Path, wrapped: bool, a_host: int, tmp_path: Path) -> None:

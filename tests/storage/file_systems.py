@@ -167,3 +167,4 @@ class Strict(Cloud):
 
 for file_system in (Vault, Attic, Shelf, Cloud, Signed, Strict):
     fsspec.register_implementation(file_system.protocol, file_system, clobber=True)
+fsspec.register_implementation("absent", "absent_fs.FileSystem", errtxt="Please install absent-fs to reach it")

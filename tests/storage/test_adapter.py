@@ -271,6 +271,37 @@ def test_threads_do_not_share_a_file_system_that_is_not_made_for_it() -> None:
     assert vault._fs is vault._fs
 
 
+class Hasty(Attic):
+    """As over SFTP: looks whether a folder is there, and makes it then; another has made it meanwhile."""
+
+    protocol = "hasty"
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        super().makedirs(path, exist_ok=True)
+        raise OSError("File exists")
+
+
+def test_a_folder_that_another_made_meanwhile_is_as_good(tmp_path: Path) -> None:
+    assert opened(Hasty, f"{tmp_path}/run").put_if_absent("records/1-1.json", b"x")
+
+
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "run").write_bytes(b"a file")
+    with pytest.raises(StorageError, match="cannot create"):
+        opened(Attic, f"{tmp_path}/run").put_if_absent("records/1-1.json", b"x")
+
+
+class Plain(Vault):
+    """What fsspec offers whoever brings nothing of their own."""
+
+    protocol = "plain"
+    pipe_file = fsspec.AbstractFileSystem.pipe_file
+
+
+def test_what_fsspec_offers_by_default_is_not_even_tried() -> None:
+    assert "it only looks before it writes" in (opened(Plain).lacks_condition() or "")
+
+
 def test_a_root_with_a_closing_slash_is_the_same_root() -> None:
     one, other = (open_storage(f"cloud://bucket/run{end}") for end in ("", "/"))
     assert one.url == other.url == "cloud://bucket/run"
@@ -279,13 +310,18 @@ def test_a_root_with_a_closing_slash_is_the_same_root() -> None:
 
 
 def test_a_missing_bucket_is_not_made() -> None:
-    """A store that has folders in its listings alone is not asked to make one: it would make a bucket."""
+    """A store that has folders in its listings alone is not asked to make one, although it can rename: it would make a
+    bucket.
+    """
 
     class Making(Cloud):
         protocol = "making"
 
         def makedirs(self, path: str, exist_ok: bool = False) -> None:
             raise AssertionError(path)
+
+        def mv(self, path1: str, path2: str, **kwargs: Any) -> None:
+            raise AssertionError(path1)
 
     storage: Storage = opened(Making)
     assert storage.put_if_absent("steps/1/1/files.arrow", b"x")

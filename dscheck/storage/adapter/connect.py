@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from dscheck.errors import ConfigError
+from dscheck.errors import ConfigError, StorageError
 from dscheck.storage.redact import Secrets, redact_url
 
 
@@ -15,7 +15,7 @@ class Connections:
     since fsspec promises no more. None keeps listings.
 
     Raises ConfigError for a scheme that fsspec does not know, a package that it needs and does not find, and options
-    that its class does not take.
+    that its class does not take; StorageError when its server is not reached.
     """
 
     def __init__(self, url: str, options: Mapping[str, Any], secrets: Secrets) -> None:
@@ -47,10 +47,13 @@ class Connections:
 
     @property
     def renames(self) -> bool:
-        """Whether it is of files, which a rename puts in place whole. Object stores have none, and need none."""
+        """Whether it is of files, which are seen while they grow, and which a rename puts in place whole.
+
+        All of those are synchronous; gcsfs has a rename of its own for the sake of folders.
+        """
         from fsspec import AbstractFileSystem
 
-        return self._class.mv is not AbstractFileSystem.mv
+        return not self._class.async_impl and self._class.mv is not AbstractFileSystem.mv
 
     @property
     def has_create(self) -> bool:
@@ -70,6 +73,10 @@ class Connections:
             fs = self._class(**{**known, **self._options, "skip_instance_cache": True})
         except ImportError as error:
             raise ConfigError(f"'{shown}': {self._hide(error)}") from self._secrets.harmless(error)
+        except OSError as error:
+            raise StorageError(f"cannot reach '{shown}': {self._hide(error)}", url=shown, key="") from (
+                self._secrets.harmless(error)
+            )
         except Exception as error:
             names = f"; its options were {', '.join(self._options)}" if self._options else ""
             raise ConfigError(

@@ -21,7 +21,7 @@ UNSEEN_BYTES = 64 << 20
 
 
 class FsspecStorage:
-    """A Storage below `url`, opened with `options` as fsspec takes them. Raises ConfigError.
+    """A Storage below `url`, opened with `options` as fsspec takes them. Raises ConfigError, StorageError.
 
     What an object survives is what the file system promises of a file that was closed; nothing is synced here.
     """
@@ -50,7 +50,7 @@ class FsspecStorage:
         with self._reporting("create", key):
             with self._lock:
                 chosen = self._choose()
-            self._make_folder(path)
+            self._make_folder(path.rpartition("/")[0])
             return chosen(self._fs, path, bytes(data))
 
     def create(self, key: str) -> ObjectWriter:
@@ -62,7 +62,7 @@ class FsspecStorage:
                 self._written.add(key)
             fs = self._fs
             try:
-                self._make_folder(path)
+                self._make_folder(path.rpartition("/")[0])
                 file = fs.open(path, "wb")
             except BaseException:
                 self._written.discard(key)
@@ -85,14 +85,18 @@ class FsspecStorage:
             if length == 0:
                 return b""
         try:
-            data: bytes = self._fs.cat_file(path, start=offset, end=None if length is None else offset + length)
+            stop = None if length is None else offset + length
+            data: bytes = self._fs.cat_file(path, start=offset or None, end=stop)
             if length is None or len(data) == length:
                 return data
             failure: Exception = OSError(f"{len(data)} bytes came of {length} at {offset}")
         except Exception as error:
             failure = error
-        # Not every file system says what was wrong; the object does.
-        check_range(self.url, key, offset, length, self._size(key, path))
+        # Not every file system says what was wrong, and some refuse the range of an empty object; its size tells.
+        size = self._size(key, path)
+        check_range(self.url, key, offset, length, size)
+        if size == 0:
+            return b""
         raise self._error("read", key, failure) from self._secrets.harmless(failure)
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
@@ -122,7 +126,7 @@ class FsspecStorage:
         if self._put is not None:
             return self._put
         connections = self._connections
-        self._make_folder(f"{connections.root}/x")
+        self._make_folder(connections.root)
         ways = [*([put.create] if connections.has_create else []), *([put.rename] if connections.renames else [])]
         seen = [put.refutes(connections.connect, connections.root, way) for way in ways]
         if None in seen:
@@ -133,12 +137,19 @@ class FsspecStorage:
             self._lack = f"{connections.about} has no put-if-absent ({tried or 'it only looks before it writes'})"
         return self._put
 
-    def _make_folder(self, path: str) -> None:
-        """The folder of a file exists. A store of objects has none, and would make a bucket."""
-        folder = path.rpartition("/")[0]
-        if self._connections.renames and folder not in self._folders:
+    def _make_folder(self, folder: str) -> None:
+        """It exists, one below the other from the root on. A store of objects has none, and would make a bucket."""
+        if not self._connections.renames or folder in self._folders:
+            return
+        if folder != self._connections.root:
+            self._make_folder(folder.rpartition("/")[0])
+        try:
             self._fs.makedirs(folder, exist_ok=True)
-            self._folders.add(folder)
+        except Exception:
+            # Not every package expects that another thread or rank makes it at the same moment.
+            if not there(self._fs, folder):
+                raise
+        self._folders.add(folder)
 
     def _size(self, key: str, path: str) -> int:
         with self._reporting("read", key):

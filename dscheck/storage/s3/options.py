@@ -43,7 +43,7 @@ class S3Options:
     client_kwargs: Mapping[str, Any] = field(default_factory=dict)
     config_kwargs: Mapping[str, Any] = field(default_factory=dict)
     part_bytes: int = 16 * MIB
-    requests_in_flight: int = 8
+    requests_in_flight: int = 16
     patience_s: float = 120.0
 
     @classmethod
