@@ -60,6 +60,7 @@ class Rules:
     claim_of_a_deleted_step_hides_nothing: bool = True
     highest_term_wins: bool = True
     parents_cut_at_resume: bool = True
+    missing_object_looked_into: bool = True
     # Deleting what was committed
     retention_after_commit: bool = True
     retention_keeps_the_newest: bool = True
@@ -203,6 +204,32 @@ def zombie(
         known = list(lineage)
         for step in steps:
             if (yield from save_and_retain(rules, me, term, step, known, keep)) != "acked":
+                return
+
+    return actor(run)
+
+
+def loads(rules: Rules, me: str, tries: int = 2) -> Actor:
+    """Read the newest step. A missing object makes it start again if the step was deleted, and is damage if not."""
+
+    def run() -> Run:
+        for _ in range(tries):
+            records, terms = yield from look(rules, 0)
+            found = newest(rules, records, terms)
+            if found is None:
+                yield Note("finds newest", me, (max(terms, default=0), found))
+                return
+            name = found.term, found.step
+            parts = found.plan, ("files", *name), ("data", *name)
+            whole = True
+            for part in parts:
+                whole = whole and (yield Get(part)) is not None
+            if whole:
+                yield Note("loads", me, found)
+                return
+            gone = (yield Get(("deleted", *name))) or not (yield Get(("record", *name)))
+            if not (gone and rules.missing_object_looked_into):
+                yield Note("finds damage", me, found)
                 return
 
     return actor(run)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.commit.explorer import Scenario
-from tests.commit.model import Claim, Committed, Rules, gc, job, second_thought, zombie
+from tests.commit.model import Claim, Committed, Rules, gc, job, loads, second_thought, zombie
 
 
 def old(*commits: tuple[int, int]) -> frozenset[Committed]:
@@ -165,6 +165,18 @@ def retention_amid_a_rollback(rules: Rules) -> Scenario:
     )
 
 
+def loads_amid_retention_and_gc(rules: Rules) -> Scenario:
+    return Scenario(
+        "a load while the job of 100 and 200 goes on and keeps one step, and gc",
+        root({1: None, 2: (1, 100)}, [(1, 100), (1, 200), (2, 110)]),
+        {
+            "job": zombie(rules, "job", 2, (120,), lineage=old((1, 100), (2, 110)), keep=1),
+            "load": loads(rules, "load"),
+            "gc": gc(rules),
+        },
+    )
+
+
 def second_thoughts(rules: Rules) -> Scenario:
     return Scenario(
         "a job whose second claim has no answer",
@@ -221,6 +233,7 @@ ALL: list[Callable[[Rules], Scenario]] = [
     retention,
     retention_amid_a_takeover,
     retention_amid_a_rollback,
+    loads_amid_retention_and_gc,
     second_thoughts,
     second_try,
     lost_writes,

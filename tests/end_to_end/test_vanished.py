@@ -47,6 +47,7 @@ def deleting(root: Storage, op: str, key: str, *steps: int) -> Fault:
     [("read", "plans/*"), ("read", "steps/3/1/files.arrow"), ("read*", "steps/3/1/data-1.bin"), ("read_into", "*")],
 )
 def test_the_newest_step_is_looked_for_again(op: str, key: str) -> None:
+    """commit P15"""
     root = fresh()
     saved(root, 1, 2, 3)
     fault = deleting(root, op, key, 3)
@@ -79,6 +80,7 @@ def test_a_step_that_was_asked_for_is_an_error_that_names_who_deleted_it() -> No
 
 
 def test_an_object_that_is_missing_while_its_record_is_there_is_no_deletion() -> None:
+    """commit P15"""
     root = fresh()
     saved(root, 1, 2)
     root.delete("steps/2/1/data-1.bin")
