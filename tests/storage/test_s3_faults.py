@@ -241,6 +241,18 @@ def test_a_bucket_that_may_only_be_read_refuses_puts_and_nothing_else(server: Se
         reader.read("b")
 
 
+@pytest.mark.heavy
+def test_a_full_server_is_an_error_that_says_so_and_leaves_no_upload(tmp_path: Path) -> None:
+    with JuiceFS(tmp_path, capacity_gib=1) as server:
+        server.make_bucket("ckpt")
+        storage = S3Storage(root(), server.options | {"part_bytes": PART, "patience_s": 5.0})
+        data = np.resize(NOISE, 220 * PART)
+        with pytest.raises(StorageError, match="free some there"):
+            put(storage, "data", data.data)
+        assert [*storage.unfinished("")] == [*storage.list("")] == []
+        assert storage.put_if_absent("small", b"x")
+
+
 def test_a_missing_bucket_is_named(server: SeaweedFS) -> None:
     storage = S3Storage("no-such-bucket/run", server.options)
     with pytest.raises(StorageError, match=r"NoSuchBucket.*create the bucket"):
