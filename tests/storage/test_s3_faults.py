@@ -123,13 +123,35 @@ def test_a_lost_answer_to_a_commit_is_a_commit(server: SeaweedFS, size: int) -> 
         assert [*storage.unfinished("")] == []
 
 
-def test_another_ones_object_is_not_taken_for_ours_after_a_lost_answer(server: SeaweedFS) -> None:
-    with Proxy(server.endpoint, lambda method, path: "pass") as proxy:
+@pytest.mark.parametrize("size", [1000, len(NOISE)])
+def test_a_lost_answer_to_a_commit_is_a_commit_where_a_store_keeps_no_metadata(tmp_path: Path, size: int) -> None:
+    with JuiceFS(tmp_path) as server, Proxy(server.endpoint, lambda method, path: "pass") as proxy:
+        server.make_bucket("ckpt")
         storage = through(proxy, server)
         writer = storage.create("data")
+        writer.write(NOISE.data[:size])
+        # The gateway ignores the condition of a PUT, and knows an upload no more once it was completed.
+        proxy.fate = once("lose", "POST" if size > PART else "PUT", "uploadId=" if size > PART else "")
+        assert writer.commit() == size
+        assert proxy.seen["lose"] == 1
+        assert storage.read("data") == NOISE.data[:size]
+
+
+def test_another_ones_object_is_not_taken_for_ours_after_a_lost_answer(server: SeaweedFS) -> None:
+    """It comes between our look and our put, whose first try is lost on the way."""
+    with Proxy(server.endpoint, lambda method, path: "pass") as proxy:
+        storage, plain = through(proxy, server), server.client()
+        path = f"{storage.url.removeprefix('s3://ckpt/')}/data"
+        writer = storage.create("data")
         writer.write(b"ours")
-        assert storage.put_if_absent("data", b"them")
-        proxy.fate = once("drop", "PUT")
+
+        def come_between(method: str, path_and_query: str) -> Fate:
+            if method == "PUT" and not proxy.seen["drop"]:
+                plain.put_object(Bucket="ckpt", Key=path, Body=b"them")
+                return "drop"
+            return "pass"
+
+        proxy.fate = come_between
         with pytest.raises(StorageError, match="PreconditionFailed"):
             writer.commit()
         assert storage.read("data") == b"them"
@@ -217,6 +239,18 @@ def test_a_bucket_that_may_only_be_read_refuses_puts_and_nothing_else(server: Se
         reader.put_if_absent("b", b"x")
     with pytest.raises(CheckpointNotFoundError):
         reader.read("b")
+
+
+@pytest.mark.heavy
+def test_a_full_server_is_an_error_that_says_so_and_leaves_no_upload(tmp_path: Path) -> None:
+    with JuiceFS(tmp_path, capacity_gib=1) as server:
+        server.make_bucket("ckpt")
+        storage = S3Storage(root(), server.options | {"part_bytes": PART, "patience_s": 5.0})
+        data = np.resize(NOISE, 220 * PART)
+        with pytest.raises(StorageError, match="free some there"):
+            put(storage, "data", data.data)
+        assert [*storage.unfinished("")] == [*storage.list("")] == []
+        assert storage.put_if_absent("small", b"x")
 
 
 def test_a_missing_bucket_is_named(server: SeaweedFS) -> None:

@@ -36,6 +36,9 @@ _LATER = {
 _LATER_STATUS = {408, 429, 500, 502, 503, 504}
 _CONNECTION = (ConnectionError, HTTPClientError, ReadTimeoutError, ResponseStreamingError, IncompleteReadError)
 
+_FULL = "no space left"
+"""What servers say in their own words, as an internal error: later is no better."""
+
 _RIGHTS = "check the credentials (environment, ~/.aws, storage_options) and what they may do with this bucket"
 _ADVICE = {
     "NoSuchBucket": "create the bucket, or correct the root",
@@ -46,7 +49,6 @@ _ADVICE = {
     "InvalidToken": _RIGHTS,
     "ExpiredToken": "the credentials have expired, and those found anew have too: log in again",
     "NoCredentialsError": "give credentials: environment, ~/.aws, storage_options, or anon=True",
-    "InsufficientStorage": "the server has no room: free some there",
     "EntityTooLarge": "the store takes no part of this size: set part_bytes in storage_options",
 }
 
@@ -88,9 +90,10 @@ def _translated(error: Exception, doing: str, url: str, key: str) -> Exception:
         return CheckpointNotFoundError(f"there is no object '{where}'", url=url, key=key)
     # The server's words and not the whole answer, which may repeat what was signed.
     said = error.response.get("Error", {}).get("Message") if isinstance(error, ClientError) else str(error)
-    advice = _ADVICE.get(code)
+    full = _FULL in str(said).lower()
+    advice = "the server has no room: free some there" if full else _ADVICE.get(code)
     text = f"cannot {doing} '{where}': {code}: {said}" + (f"; {advice}" if advice else "")
-    return _kind(error, code)(text, url=url, key=key)
+    return (StorageError if full else _kind(error, code))(text, url=url, key=key)
 
 
 def _kind(error: Exception, code: str) -> type[StorageError]:

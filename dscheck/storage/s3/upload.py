@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -75,6 +76,7 @@ class Upload:
                 self.put_part(len(self._parts), [rest])
             self._rest = bytearray()
         self._usable = False
+        self._refuse_other()
         size = sum(self._sizes.values()) + len(self._rest)
         checksum = self._put_whole(size) if self._id is None else self._complete(size)
         self._check(self._head(), size, checksum)
@@ -115,6 +117,14 @@ class Upload:
                 )  # fmt: skip
                 self._id = str(answer["UploadId"])
             return self._id
+
+    def _refuse_other(self) -> None:
+        """Some stores ignore the condition, or know none for objects of parts: whoever was faster is still seen."""
+        try:
+            self._head()
+        except CheckpointNotFoundError:
+            return
+        raise self._error("another writer has created it, and no object is overwritten")
 
     def _put_whole(self, size: int) -> str:
         data, metadata = bytes(self._rest), {_MARK: self._mark}
@@ -162,13 +172,25 @@ class Upload:
         self._run(create)
 
     def _is_there(self, size: int, checksum: str) -> bool:
-        """Whether the object is ours: by its mark, or by what it holds where a store keeps no metadata."""
+        """Whether the object is ours: by its mark, or by its ETag where a store keeps no metadata."""
         try:
             found = self._head()
             self._check(found, size, checksum)
         except (CheckpointNotFoundError, StorageError):
             return False
-        return bool(found["Metadata"].get(_MARK, self._mark) == self._mark)
+        mark = found["Metadata"].get(_MARK)
+        return bool(found["ETag"].strip('"') == self._etag() if mark is None else mark == self._mark)
+
+    def _etag(self) -> str:
+        """What most stores make of the MD5 of an object or of its parts."""
+        if self._id is None:
+            return hashlib.md5(self._rest, usedforsecurity=False).hexdigest()
+        tags = [self._parts[number]["ETag"].strip('"') for number in sorted(self._parts)]
+        try:
+            joined = bytes.fromhex("".join(tags))
+        except ValueError:
+            return "unknown"
+        return f"{hashlib.md5(joined, usedforsecurity=False).hexdigest()}-{len(tags)}"
 
     def _check(self, found: Mapping[str, Any], size: int, checksum: str) -> None:
         if found["ContentLength"] != size:
