@@ -83,6 +83,8 @@ class Uploads:
         self._pending, self._retainers = Pending(tiers, shared), retainers
         self._turns: queue.SimpleQueue[Turn | None] = queue.SimpleQueue()
         self._handles: dict[int, SaveHandle] = {}
+        self._uploaded: list[Record] = []
+        """What retention has not heard of yet."""
         self._failed: dict[int, Exception] = {}
         """By number, the turns that no save waits for."""
         self._put = self._ended = 0
@@ -173,21 +175,25 @@ class Uploads:
         node = f"{socket.gethostname()}:{self._near.url}" if self._node_local else ""
         post = {"saved": saved, "near": self._look(), "node": node}
         answer = self._exchange(turn.number, "begin", pack(post), lambda posts: self._begin(posts, turn.limit))
-        firsts, term, number = answer["firsts"], None, 0
+        firsts, number = answer["firsts"], 0
         while answer["record"] is not None:
-            term = answer["term"]
             answer = self._upload_one(turn, number, answer)
             number += 1
-        if term is not None and self._put == turn.number + 1:
-            self._retain(term, firsts)
+        if handle is not None and self._put == turn.number + 1:  # no later step waits
+            self._retain(firsts)
 
-    def _retain(self, number: int, firsts: Sequence[int]) -> None:
+    def _retain(self, firsts: Sequence[int]) -> None:
         """One rank of each node sees to its near tier, rank 0 to the shared one."""
+        uploaded, self._uploaded = self._uploaded, []
         mine = [*self._retainers[: self._ranks.rank in firsts], *self._retainers[1:][: self._ranks.rank == 0]]
-        if mine:
-            term = self._aside(lambda: read_term(self._near, number))
-            for retainer in mine:
-                retainer.wake(term)
+        if not (mine and uploaded):
+            return
+        number = uploaded[-1].term
+        term = self._aside(lambda: read_term(self._near, number))
+        for retainer in mine:
+            for record in uploaded:
+                if record.term == number:
+                    retainer.wake(term, record)
 
     def _begin(self, posts: Sequence[bytes], limit: int) -> bytes:
         return self._aside(lambda: self._pending.begin(posts, limit))
@@ -219,6 +225,7 @@ class Uploads:
             self._warn(f"step {step} stays in the near tier alone, and is not uploaded: {damage}")
             self._settle(step, damage, 0)
         else:
+            self._uploaded.append(record)
             self._settle(step, None, sum(moved))
         return answer
 

@@ -15,11 +15,14 @@ from dscheck import sharded
 from dscheck.commit import StepRef, read_history
 from dscheck.commit.contents import Contents
 from dscheck.commit.copy import Copying, CopyPlan, StepCopy
+from dscheck.commit.delete import delete_step
+from dscheck.commit.single_writer import SingleWriter
 from dscheck.commit.verify import verify
 from dscheck.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     DeadlineError,
+    NoConditionError,
     StorageError,
     SupersededError,
 )
@@ -291,6 +294,28 @@ def test_a_step_that_was_deleted_there_stays_deleted(source: Storage) -> None:
     to.put_if_absent(record_key(1, 1), Tombstone(1, 1, "gc", 1.0).encode())
     assert [step.outcome for step in copied(source, to)] == ["deleted there", "there"]
     assert assert_whole(to) == (3,)
+
+
+def test_a_step_that_retention_deleted_there_stays_deleted(source: Storage) -> None:
+    """commit P35"""
+    to = MemoryStorage()
+    copied(source, to)
+    delete_step(to, read_history(to).record(StepRef(1, 1)), by="retention", now=1.0)
+    assert [step.outcome for step in copied(source, to)] == ["deleted there", "there"]
+    assert assert_whole(to) == (3,)
+
+
+def test_a_store_that_says_that_it_has_no_condition_is_refused_before_anything_is_put(source: Storage) -> None:
+    class Says(MemoryStorage):
+        def lacks_condition(self) -> str:
+            return "it was tried"
+
+    to = Says()
+    with pytest.raises(NoConditionError, match="it was tried"):
+        copied(source, to)
+    assert objects(to) == {}
+    copied(source, SingleWriter(to))
+    assert assert_whole(to) == (1, 3)
 
 
 def test_a_tombstone_that_comes_meanwhile_wins(source: Storage) -> None:
