@@ -17,6 +17,7 @@ from dscheck.commit.contents import Contents
 from dscheck.commit.copy import Copying, CopyPlan, StepCopy
 from dscheck.commit.delete import delete_step
 from dscheck.commit.single_writer import SingleWriter
+from dscheck.commit.transfer import finish
 from dscheck.commit.verify import verify
 from dscheck.errors import (
     CheckpointNotFoundError,
@@ -284,6 +285,17 @@ def test_a_root_that_went_its_own_way_is_refused(source: Storage) -> None:
     with pytest.raises(SupersededError, match="term 2 there was claimed on host"):
         copied(source, to)
     assert assert_whole(to) == (1, 4)
+
+
+def test_no_record_is_put_while_a_file_is_missing_in_the_listing(source: Storage) -> None:
+    """commit P32: C4"""
+    to = MemoryStorage()
+    copied(source, to, 1)
+    to.delete(record_key(1, 1))
+    to.delete("steps/1/1/data-1.bin")
+    with pytest.raises(StorageError, match="data-1.bin: its rank wrote .* the listing comes without it"):
+        finish(Contents.open(source, read_history(source).record(StepRef(1, 1))), to)
+    assert assert_whole(to) == ()
 
 
 def test_a_step_that_was_deleted_there_stays_deleted(source: Storage) -> None:
