@@ -23,7 +23,7 @@ from dscheck.ranks.store import StoreBoard, StoreRanks, host_store
 from dscheck.save.claims import Claim, RankClaims
 from dscheck.save.coordinator import Coordinator, pack_row
 from dscheck.save.retainer import Retainer
-from dscheck.storage.memory import MemoryStorage
+from dscheck.storage import MemoryStorage, Tiers
 
 SAVES = 4
 TENSORS = 50
@@ -36,7 +36,7 @@ class Job:
     def __init__(self, size: int) -> None:
         self.size = size
         self.storage = MemoryStorage()
-        self.coordinator = Coordinator(self.storage, Settings(), {}, Retainer(self.storage, None))
+        self.coordinator = Coordinator(Tiers(self.storage), Settings(), {}, Retainer(self.storage, None))
         self.sent = [[0, 0] for _ in range(SAVES)]
         self.answered = [[0, 0] for _ in range(SAVES)]
         self.spent = [[0.0, 0.0] for _ in range(SAVES)]

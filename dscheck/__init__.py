@@ -35,6 +35,7 @@ from dscheck.errors import (
 if TYPE_CHECKING:
     from dscheck.checkpointer import Checkpointer, LoadReport, SaveHandle
     from dscheck.state import PerRank, Sharded, per_rank, sharded
+    from dscheck.storage.tier import Tier
 
 __version__ = "0.1.0"
 
@@ -61,6 +62,7 @@ __all__ = [
     "StepVanishedError",
     "StorageError",
     "SupersededError",
+    "Tier",
     "TornSnapshotError",
     "TransientStorageError",
     "UnsupportedFormatError",
@@ -78,6 +80,7 @@ _LAZY = {
     "Sharded": "dscheck.state",
     "per_rank": "dscheck.state",
     "sharded": "dscheck.state",
+    "Tier": "dscheck.storage.tier",
 }
 
 

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 import dscheck
-from dscheck.commit import read_history
+from dscheck.commit import History, read_history
 from dscheck.commit.listing import LOOKS
+from dscheck.commit.tiered import Node, read_tiers
 from dscheck.config import Settings
 from dscheck.errors import (
     CheckpointExistsError,
@@ -43,8 +44,7 @@ from dscheck.save.saver import Saver
 from dscheck.snapshot import Fences
 from dscheck.state import LiveState
 from dscheck.state.leaf import FlatState, TensorLeaf
-from dscheck.storage import open_storage
-from dscheck.storage.base import Storage
+from dscheck.storage import Root, open_tiers
 from dscheck.tuning import tuned
 
 log = logging.getLogger("dscheck")
@@ -56,13 +56,15 @@ MOST_METRICS, LONGEST_METRIC = 100, 100
 
 
 class Checkpointer:
-    """Saves and loads one mapping of live state below one root.
+    """Saves and loads one mapping of live state below one root, or two tiers of it.
 
-    `root`: a path, a URL that dscheck, a plug-in or fsspec serves (docs/storage.md), or a Storage; `storage_options` go
-    to what opens a URL, and are shown nowhere. `state`: names to modules, optimizers, anything with `state_dict` and
-    `load_state_dict`, tensors, DTensors, generators and plain data, nested; held by reference, read at every save,
-    written back in place by load. Settings: see `dscheck.config.Settings`; the defaults are those that `dscheck probe`
-    stored for the root, if it did. `ranks` replaces the ranks of the default process group, for tests.
+    `root`: a path, a URL that dscheck, a plug-in or fsspec serves (docs/storage.md), or a Storage; or two of them, the
+    faster tier first, and the shared one to which it is uploaded (docs/tiers.md); `Tier(root, node_local=True)` is one
+    of each node's own. `storage_options` go to what opens a URL, of two the shared one, and are shown nowhere. `state`:
+    names to modules, optimizers, anything with `state_dict` and `load_state_dict`, tensors, DTensors, generators and
+    plain data, nested; held by reference, read at every save, written back in place by load. Settings: see
+    `dscheck.config.Settings`; the defaults are those that `dscheck probe` stored for the root, if it did. `ranks`
+    replaces the ranks of the default process group, for tests.
 
     Construction and `load` are collective, on the main thread; `save` is called on all ranks with the same steps.
     Several saves may be under way. Leaving `with` cleanly waits for all of them; by an exception it tells the other
@@ -72,7 +74,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        root: str | os.PathLike[str] | Storage,
+        root: Root | Sequence[Root],
         state: Mapping[str, Any],
         *,
         storage_options: Mapping[str, Any] | None = None,
@@ -82,7 +84,8 @@ class Checkpointer:
         checked = _settings(settings)
         if not isinstance(state, Mapping):
             raise ConfigError(f"the state is a mapping of names to what is to be saved, not a {type(state).__name__}")
-        self.storage = open_storage(root, storage_options)
+        self.tiers = open_tiers(root, storage_options)
+        self.storage = self.tiers.near
         self.settings = replace(checked, **(tuned(self.storage) | settings))
         self.state = state
         self._ranks = ranks or open_ranks(
@@ -101,7 +104,7 @@ class Checkpointer:
         self.loaded: LoadReport | None = None
         try:
             self._live = LiveState(state, rank=self._ranks.rank, world=self._ranks.size, rng=self.settings.rng)
-            self._saver = Saver(self.storage, self._ranks, self.settings, self._fences, _versions())
+            self._saver = Saver(self.tiers, self._ranks, self.settings, self._fences, _versions())
             self._start()
             self._watch_early()
         except BaseException:
@@ -197,7 +200,7 @@ class Checkpointer:
 
     def _new_loader(self) -> Loader:
         self._loads += 1
-        return Loader(self.storage, self._ranks, self.settings, self._live, self._loads, self._wire)
+        return Loader(self.tiers, self._ranks, self.settings, self._live, self._loads, self._wire)
 
     def _load(self, loader: Loader, request: Request) -> tuple[Decision, Record | None]:
         """What was decided and loaded: the newest step of then, should the one before it vanish. On all ranks alike."""
@@ -207,7 +210,7 @@ class Checkpointer:
             if decision.record is None:
                 break
             try:
-                self.loaded = loader.run(request, decision.record)
+                self.loaded = loader.load(request, decision.record, decision.tiers, self._saver.upload)
                 return decision, decision.record
             except BaseException as error:
                 if loader.touched:
@@ -222,18 +225,27 @@ class Checkpointer:
         return decision, None
 
     def steps(self) -> list[int]:
-        """The committed steps of the live history, ascending, as the storage shows them now. Not collective."""
-        return [ref.step for ref in read_history(self.storage).visible]
+        """The committed steps of the live history, ascending, as the storage shows them now. Not collective.
+
+        Of a near tier of each node's own nothing counts here, since one rank cannot tell what the other nodes hold.
+        """
+        return [ref.step for ref in self._history().visible]
 
     def latest(self) -> int | None:
         """The newest committed step, or None. Not collective."""
-        newest = read_history(self.storage).newest
+        newest = self._history().newest
         return None if newest is None else newest.step
 
     @property
     def retention(self) -> RetentionStats:
         """What `keep` has deleted so far, and what went wrong; on rank 0, elsewhere nothing."""
         return self._saver.retainer.stats
+
+    def _history(self) -> History:
+        near, shared = self.tiers.near, self.tiers.shared
+        if shared is None or self.tiers.node_local:
+            return read_history(shared or near)
+        return read_tiers(near, shared, [Node.look(near)])[0]
 
     def fence(self) -> None:
         """Return when the state may be changed by other means than an optimizer step: EMA swaps, clamping,
@@ -256,12 +268,12 @@ class Checkpointer:
 
     def _refuse_loads(self) -> None:
         """No rank waits in its next load for this one, which has left."""
-        loader = Loader(self.storage, self._ranks, self.settings, self._live, self._loads + 1)
+        loader = Loader(self.tiers, self._ranks, self.settings, self._live, self._loads + 1)
         loader.refuse("decide", RankFailureError("training ended by an exception", ranks=[self._ranks.rank]))
 
     def _start(self) -> None:
         """Rank 0 looks at the root and tells all what it saw."""
-        loader = Loader(self.storage, self._ranks, self.settings, self._live, 0)
+        loader = Loader(self.tiers, self._ranks, self.settings, self._live, 0)
         seen = loader.look()
         self._has_commits = seen.record is not None
         self._saver.continue_from(_lineage(seen, None))

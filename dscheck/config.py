@@ -49,8 +49,18 @@ class Keep:
             raise ConfigError(f"keep: mode={self.mode!r}: expected one of {get_args(Mode)}")
 
 
+def as_keep(keep: int | Keep) -> Keep:
+    """A number means the newest so many. Raises ConfigError."""
+    if isinstance(keep, Keep):
+        return keep
+    if type(keep) is not int or keep < 1:
+        raise ConfigError(f"keep={keep!r}: expected at least 1, a Keep, or None to delete nothing")
+    return Keep(last=keep)
+
+
 _KINDS: dict[str, tuple[type, ...]] = {
     "timeout_s": (int, float),
+    "upload_timeout_s": (int, float),
     "when_busy": (str,),
     "on_failure": (str,),
     "replicas": (str,),
@@ -90,6 +100,7 @@ class Settings:
     """How a Checkpointer behaves; every field is a keyword argument of it.
 
     timeout_s: deadline of one save or load, fence included; no wait is longer (C7).
+    upload_timeout_s: deadline of the uploads that follow one save, from a near tier to the shared one.
     when_busy: earlier saves are unfinished and leave no room: "wait" for it inside `save()`, or "skip" the step on all
     ranks.
     on_failure: a save failed in the background: "warn", or also "raise" at the next call.
@@ -119,6 +130,7 @@ class Settings:
     """
 
     timeout_s: float = 600.0
+    upload_timeout_s: float = 3600.0
     when_busy: WhenBusy = "wait"
     on_failure: OnFailure = "warn"
     replicas: Replicas = "equal"
@@ -147,10 +159,13 @@ class Settings:
             if type(getattr(self, name)) not in kinds:
                 expected = " or ".join(kind.__name__ for kind in kinds)
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}")
-        if type(self.keep) is int and self.keep < 1:
-            raise ConfigError(f"keep={self.keep!r}: expected at least 1, or None to delete nothing")
-        if not 0 < self.timeout_s <= LONGEST_S:
-            raise ConfigError(f"timeout_s={self.timeout_s!r}: expected seconds, more than 0 and at most {LONGEST_S}")
+        if self.keep is not None:
+            as_keep(self.keep)
+        for name in ("timeout_s", "upload_timeout_s"):
+            if not 0 < getattr(self, name) <= LONGEST_S:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r}: expected seconds, more than 0 and at most {LONGEST_S}"
+                )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {get_args(choices)}")
@@ -168,7 +183,7 @@ class Settings:
     @property
     def kept(self) -> Keep | None:
         """`keep` as a Keep."""
-        return Keep(last=self.keep) if isinstance(self.keep, int) else self.keep
+        return None if self.keep is None else as_keep(self.keep)
 
 
 def _check_budget(name: str, value: int | str, least: int) -> None:

@@ -88,6 +88,30 @@ def plan(
 
 
 @app.command()
+def cp(
+    source: Root,
+    destination: Annotated[str, typer.Argument(help="The root to copy to; it may be new.", show_default=False)],
+    step: Annotated[list[int] | None, typer.Option(help="Only this step; may be given again. All by default.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Data files that are copied at a time.")] = 4,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds without any progress after which to give up.")] = 600.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be copied.")] = False,
+    commit: Annotated[
+        str, typer.Option(help='"single-writer" for a store without put-if-absent (docs/commit.md).')
+    ] = "put-if-absent",
+    json: Json = False,
+    options: Options = None,
+    destination_options: Annotated[
+        str | None, typer.Option(help="As --storage-options, of the destination.", show_default=False)
+    ] = None,
+) -> None:
+    """Copy steps to another root, every byte verified. Run it again to do what is missing."""
+    from dscheck.cli.cp import show
+
+    roots = _opened(source, options), _opened(destination, destination_options)
+    show(*roots, step, threads, timeout, dry_run, commit, json)
+
+
+@app.command()
 def probe(
     root: Root,
     size: Annotated[int, typer.Option(min=1, help="Megabytes of each file that is written and read.")] = 256,

@@ -22,7 +22,7 @@ from dscheck.commit.term import read_term
 from dscheck.errors import CheckpointNotFoundError, CorruptCheckpointError
 from dscheck.manifest.keys import record_key, term_key
 from dscheck.manifest.record import Record, Term, Tombstone
-from dscheck.storage.base import Storage
+from dscheck.storage.base import Objects
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class History:
     records are read when asked for, each once.
     """
 
-    storage: Storage
+    storage: Objects
     names: frozenset[StepRef]
     deleted: frozenset[StepRef]
     newest_term: int
@@ -200,7 +200,7 @@ class History:
         return ref.term == self.newest_term or isinstance(self._read(ref), Record)
 
 
-def read_history(storage: Storage, known: History | None = None) -> History:
+def read_history(storage: Objects, known: History | None = None) -> History:
     """List the root: records first, then terms, so that a record that is seen has its term in the later listing (P14).
 
     The newest step is known when this returns: the record that it names was there. What `known` has read of the same
@@ -224,7 +224,7 @@ def read_history(storage: Storage, known: History | None = None) -> History:
     raise unsteady(storage)
 
 
-def _refuse_orphans(storage: Storage, names: Names, newest_term: int) -> None:
+def _refuse_orphans(storage: Objects, names: Names, newest_term: int) -> None:
     orphan = next((ref for ref in sorted(names.taken | names.deleted) if not 1 <= ref.term <= newest_term), None)
     if orphan is not None:
         key = record_key(orphan.step, orphan.term)

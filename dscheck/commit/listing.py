@@ -8,7 +8,7 @@ from dscheck.commit.once import read_if_there
 from dscheck.errors import CheckpointNotFoundError, CorruptCheckpointError
 from dscheck.manifest.keys import deletion_key, parse_deletion_key, parse_record_key, parse_term_key, record_key
 from dscheck.manifest.record import Deletion, Record, Tombstone, decode_deletion, decode_record
-from dscheck.storage.base import Storage
+from dscheck.storage.base import Objects
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -36,7 +36,7 @@ class Names:
         return self.taken - self.deleted
 
 
-def list_records(storage: Storage) -> Names:
+def list_records(storage: Objects) -> Names:
     """The names in records/. Unknown ones are damage (P19)."""
     taken, deleted = set(), set()
     for entry in storage.list("records/"):
@@ -49,7 +49,7 @@ def list_records(storage: Storage) -> Names:
     return Names(frozenset(taken), frozenset(deleted))
 
 
-def list_terms(storage: Storage) -> int:
+def list_terms(storage: Objects) -> int:
     """The highest claimed term, 0 for none; all below it are there. Unknown names and gaps are damage (P19)."""
     found = set()
     for entry in storage.list("terms/"):
@@ -69,14 +69,14 @@ def list_terms(storage: Storage) -> int:
     return newest
 
 
-def read_step(storage: Storage, ref: StepRef) -> Record | Tombstone | None:
+def read_step(storage: Objects, ref: StepRef) -> Record | Tombstone | None:
     """What has the record's name, None when nothing does."""
     key = record_key(ref.step, ref.term)
     stored = read_if_there(storage, key)
     return None if stored is None else decode_record(stored, key)
 
 
-def read_deletion(storage: Storage, ref: StepRef) -> Deletion | None:
+def read_deletion(storage: Objects, ref: StepRef) -> Deletion | None:
     """That the step was deleted, None when it was not."""
     key = deletion_key(ref.step, ref.term)
     stored = read_if_there(storage, key)
@@ -87,14 +87,14 @@ LOOKS = 8
 """Each look that fails met a deletion or a claim between its LIST and its reads: many in a row are a fault."""
 
 
-def unsteady(storage: Storage) -> CheckpointNotFoundError:
+def unsteady(storage: Objects) -> CheckpointNotFoundError:
     return CheckpointNotFoundError(
         f"{storage.url}: {LOOKS} times in a row it changed between its listing and the reads that followed; something "
         "deletes steps there, or job after job claims it: stop that, and try again"
     )
 
 
-def unknown(storage: Storage, key: str) -> CorruptCheckpointError:
+def unknown(storage: Objects, key: str) -> CorruptCheckpointError:
     return CorruptCheckpointError(
         f"{storage.url}/{key}: dscheck writes no object of this name; it may be of a newer version, or not belong "
         "there: update dscheck, or move it away",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dscheck.errors import CheckpointNotFoundError, StorageError
-from dscheck.storage.base import Storage
+from dscheck.storage.base import Objects, Storage
 
 
-def read_if_there(storage: Storage, key: str) -> bytes | None:
+def read_if_there(storage: Objects, key: str) -> bytes | None:
     """The whole object, or None when there is none. Any other failure raises: damaged is not "not there" (C15)."""
     try:
         return storage.read(key)

@@ -22,22 +22,25 @@ if TYPE_CHECKING:  # whoever lists steps needs neither pyarrow nor NumPy
 
 def put_plan(storage: Storage, term: int, plan: EncodedPlan) -> Digest:
     """Store a plan under the digest of its head, which holds those of the rest, for its own term only (TRAPS 37)."""
-    _put_same(storage, plan_key(term, plan.head.sha256), plan.data)
+    put_same(storage, plan_key(term, plan.head.sha256), plan.data)
     return plan.head
 
 
 def put_files(storage: Storage, step: int, term: int, data: bytes) -> Digest:
     """Store the attempt's files.arrow."""
-    _put_same(storage, files_key(step, term), data)
+    put_same(storage, files_key(step, term), data)
     return Digest(len(data), hashlib.sha256(data).hexdigest())
 
 
-def check_files(storage: Storage, step: int, term: int, files: Sequence[FileRow]) -> None:
-    """Every data file is in the listing with the size that its rank wrote, and no other (C4). Raises StorageError."""
+def check_files(storage: Storage, step: int, term: int, files: Sequence[FileRow], only: int | None = None) -> None:
+    """Every data file is in the listing with the size that its rank wrote, and no other (C4). Raises StorageError.
+
+    `only`: in a storage of this node alone that of this rank must be there, those of others may.
+    """
     found = {entry.key: entry.size for entry in storage.list(attempt_prefix(step, term))}
     expected = {data_key(step, term, row.rank): row.size for row in files}
-    for key, size in expected.items():
-        if found.get(key) != size:
+    for row, (key, size) in zip(files, expected.items(), strict=True):
+        if found.get(key) != size and (only in (None, row.rank) or key in found):
             seen = f"with {found[key]} bytes" if key in found else "without it"
             raise StorageError(
                 f"{storage.url}/{key}: its rank wrote {size} bytes, the listing comes {seen}; step {step} is not "
@@ -106,7 +109,8 @@ def await_record(
     return True
 
 
-def _put_same(storage: Storage, key: str, data: bytes) -> None:
+def put_same(storage: Storage, key: str, data: bytes) -> None:
+    """`key` holds exactly `data`, which may have been there before. Raises StorageError when something else is."""
     if put_once(storage, key, data) != data:
         raise StorageError(
             f"{storage.url}/{key}: another object is there already, and no object is ever overwritten: claim a new "

@@ -57,6 +57,7 @@ class StoredPlan:
         """
         self.key = plan_key(term, digest.sha256)
         self._url, self._behind, self._direct = storage.url, digest.size, Direct(storage)
+        self._sha256 = digest.sha256
         self._fetch = fetch or self._direct
         (data,) = proved(self._url, [(Part(self.key, 0, digest.size), digest.sha256)], self._fetch)
         self.head: Head = decode_head(data, self.key)
@@ -123,6 +124,18 @@ class StoredPlan:
     def batches(self) -> Iterator[Fragments]:
         """All fragments, some at a time, none of which is kept."""
         return self._checked(range(len(self.head.directory)))
+
+    def raw(self) -> bytes:
+        """The object as it is stored, head and batches proved by their digests."""
+        directory = self.head.directory
+        head = (Part(self.key, 0, self._behind), self._sha256)
+        batches = [
+            (Part(self.key, self._behind + offset, size), sha256.hex())
+            for offset, size, sha256 in zip(
+                directory.offset.tolist(), directory.size.tolist(), directory.sha256, strict=True
+            )
+        ]
+        return b"".join(proved(self._url, [head, *batches], self._direct))
 
     def whole(self) -> Plan:
         """All of it in memory, some 80 bytes a fragment, with every rule checked."""

@@ -10,7 +10,7 @@ from dscheck.commit.once import put_once, read_if_there
 from dscheck.errors import CorruptCheckpointError, NoConditionError, StorageError, SupersededError
 from dscheck.manifest.keys import term_key
 from dscheck.manifest.record import Term, decode_term
-from dscheck.storage.base import MayLackCondition, Storage
+from dscheck.storage.base import MayLackCondition, Objects, Storage
 
 
 def claim(
@@ -31,17 +31,22 @@ def claim(
     when the storage does not honour put-if-absent (P4); StorageError when it fails: then the claim may still arrive,
     and this job has no term.
     """
-    lack = storage.lacks_condition() if isinstance(storage, MayLackCondition) else None
-    if lack is not None:
-        raise _no_condition(storage, lack)
+    assert_condition(storage)
     identity = identity or uuid.uuid4().hex
     term = Term(seen + 1, identity, run or identity, parent, host, now)
     key = term_key(term.term)
     winner = decode_term(put_once(storage, key, term.encode()), key)
     if winner.id != term.id:
         raise _superseded(storage, winner, "another job was faster")
-    _probe(storage, term)
+    assert_honest(storage, term)
     return term
+
+
+def assert_condition(storage: Storage) -> None:
+    """The storage says that it honours put-if-absent, if it may not. Raises NoConditionError."""
+    lack = storage.lacks_condition() if isinstance(storage, MayLackCondition) else None
+    if lack is not None:
+        raise _no_condition(storage, lack)
 
 
 def confirm(storage: Storage, term: int, identity: str) -> Term:
@@ -73,7 +78,7 @@ def refuse_newer(storage: Storage, term: int) -> None:
         raise _superseded(storage, decode_term(stored, key), "another job has taken over")
 
 
-def read_term(storage: Storage, number: int) -> Term:
+def read_term(storage: Objects, number: int) -> Term:
     """The claim of one term. Raises CorruptCheckpointError when it is gone: terms are never deleted."""
     key = term_key(number)
     stored = read_if_there(storage, key)
@@ -86,7 +91,7 @@ def read_term(storage: Storage, number: int) -> Term:
     return decode_term(stored, key)
 
 
-def _probe(storage: Storage, term: Term) -> None:
+def assert_honest(storage: Storage, term: Term) -> None:
     """A second put under the claim's name loses and changes nothing: else no commit here can be trusted (TRAPS 30)."""
     key = term_key(term.term)
     rival = replace(term, id=uuid.uuid4().hex)

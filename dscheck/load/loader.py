@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn, TypeVar
@@ -11,13 +13,15 @@ from typing import NamedTuple, NoReturn, TypeVar
 import numpy as np
 import torch
 
-from dscheck.commit import read_history
+from dscheck.commit import History, StepRef, read_history
 from dscheck.commit.contents import Contents
-from dscheck.commit.listing import StepRef, read_deletion, read_step
+from dscheck.commit.listing import read_deletion, read_step
+from dscheck.commit.tiered import UNREADABLE, Nearest, Node, read_tiers
 from dscheck.config import Settings
 from dscheck.errors import (
     CheckpointNotFoundError,
     ConfigError,
+    CorruptCheckpointError,
     DscheckError,
     RankFailureError,
     StateMismatchError,
@@ -39,7 +43,10 @@ from dscheck.ranks.base import Failed, Ok, Ranks
 from dscheck.ranks.message import pack, unpack
 from dscheck.state.leaf import Target
 from dscheck.state.live import LiveState, Restore
+from dscheck.storage import Tiers
 from dscheck.storage.base import Storage
+
+log = logging.getLogger("dscheck")
 
 T = TypeVar("T")
 
@@ -48,6 +55,10 @@ AGREEMENT_S, AGREEMENT_PART = 5.0, 0.1
 
 LISTED = 10
 """How many names an error shows before it only counts the rest."""
+
+
+NEAR_FAULTS = (CorruptCheckpointError, CheckpointNotFoundError, StorageError)
+"""What a copy of a step that is damaged, not whole or out of reach raises: another tier may still have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +73,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What rank 0 saw and chose for all: the record to load or None, the newest term there is, and the root's run
-    id.
+    """What rank 0 saw and chose for all: the record to load or None, the newest term there is, the root's run id, and
+    the tiers that hold the step, by number, nearest first.
     """
 
     record: Record | None
     newest_term: int
     run: str | None
+    tiers: tuple[int, ...]
 
 
 class _Prepared(NamedTuple):
@@ -79,16 +91,27 @@ class _Prepared(NamedTuple):
     received: int
 
 
-class Loader:
-    """One load on one rank: `decide`, then `run`.
+class _Place(NamedTuple):
+    """Where one try of a load reads."""
 
-    `touched` tells whether live memory has been written to; `vanished`, the same on all ranks once `run` has raised,
+    storage: Storage
+    wire: Wire | None
+    uploaded_first: bool = False
+
+    def __str__(self) -> str:
+        return f"from {self.storage.url}" + ", after its upload to the shared tier," * self.uploaded_first
+
+
+class Loader:
+    """One load on one rank: `decide`, then `load`.
+
+    `touched` tells whether live memory has been written to; `vanished`, the same on all ranks once `load` has raised,
     whether that was because the step was deleted meanwhile.
     """
 
     def __init__(
         self,
-        storage: Storage,
+        tiers: Tiers,
         ranks: Ranks,
         settings: Settings,
         live: LiveState,
@@ -96,24 +119,27 @@ class Loader:
         wire: Wire | None = None,
     ) -> None:
         """Without a `wire` each rank reads all that it wants."""
-        self._storage, self._ranks, self._settings, self._live, self._number = storage, ranks, settings, live, number
-        self._index, self._wire = Counted(storage), wire
+        self._tiers, self._ranks, self._settings, self._live = tiers, ranks, settings, live
+        self._round, self._wire = f"load-{number}", wire
+        self.vanished: bool
+        self._next: str | None
+        """The round in which the other ranks will wait for this one; None: it has ended, and the load with it."""
+        self._use(tiers.near)
         self._began = self._since = time.monotonic()
         self._phase_s: dict[str, float] = {}
         self._loading: Record | None = None
-        self._next: str | None = None
-        """The round in which the other ranks will wait for this one; None: it has ended, and the load with it."""
         self._deadline = self._began + settings.timeout_s
-        self.touched = self.vanished = False
+        self.touched = False
 
     def look(self) -> Decision:
         """What rank 0 sees in the root, told to all; its record is the newest one. Collective."""
-        return self._decision(self._exchange("look", Ok(), lambda posts: self._see(None)))
+        return self._decision(self._exchange("look", Ok(self._seen_near()), lambda posts: self._see(None, posts)))
 
     def decide(self, request: Request) -> Decision:
         """One rank resolves the step and tells all. Collective."""
         mine = {"step": request.step, "only": request.only, "strict": request.strict, "convert": request.convert_dtype}
-        return self._decision(self._exchange("decide", Ok(pack(mine)), lambda posts: self._choose(request, posts)))
+        post = pack({"request": mine, "near": self._seen_near().decode("latin-1")})
+        return self._decision(self._exchange("decide", Ok(post), lambda posts: self._choose(request, posts)))
 
     def _decision(self, text: bytes) -> Decision:
         answer = unpack(text)
@@ -122,12 +148,65 @@ class Loader:
             found = decode_record(answer["record"].encode(), record_key(answer["step"], answer["term"]))
             assert isinstance(found, Record)
             record = found
-        return Decision(record, answer["newest_term"], answer["run"])
+        return Decision(record, answer["newest_term"], answer["run"], tuple(answer["tiers"]))
 
-    def run(self, request: Request, record: Record) -> LoadReport:
-        """Load `record` into the live state. Collective: returns on all ranks or raises on all."""
+    def load(
+        self, request: Request, record: Record, tiers: Sequence[int], upload: Callable[[int], None] | None = None
+    ) -> LoadReport:
+        """Load `record` into the live state, from the first of these tiers from which all ranks can.
+
+        `upload` brings a step that lies on the nodes' own disks alone to the shared tier, for ranks that want what
+        another node has written. Collective: returns on all ranks or raises on all.
+        """
         self._loading = record
-        prepared = self._prepare_with_all(request, record)
+        places, base = self._places(tiers), self._round
+        for number, place in enumerate(places):
+            self._round = base if not number else f"{base}.{number}"
+            if place.uploaded_first:
+                assert upload is not None
+                upload(record.step)
+                self._deadline = time.monotonic() + self._settings.timeout_s
+            self._use(place.storage)
+            try:
+                return self._run(request, record, place.wire)
+            except DscheckError as error:
+                if number + 1 == len(places) or not self._goes_on(error):
+                    raise
+                self._warn(
+                    f"step {record.step}: not all ranks could load it from {place.storage.url}, and it is loaded "
+                    f"{places[number + 1]} instead: {error}"
+                )
+        raise AssertionError("a step lies in one tier at least")
+
+    def _places(self, tiers: Sequence[int]) -> list[_Place]:
+        near, shared = self._tiers.near, self._tiers.shared
+        if shared is None:
+            return [_Place(near, self._wire)]
+        if not self._tiers.node_local or 0 not in tiers:
+            return [_Place(self._tiers.storages[tier], self._wire) for tier in tiers]
+        both = _Place(Nearest(near, shared), self._wire, uploaded_first=1 not in tiers)
+        # Alone, a node can neither read nor pass on but what its own ranks have written.
+        alone = [_Place(near, None)] if both.uploaded_first else []
+        return [*alone, both, _Place(shared, self._wire)]
+
+    def _use(self, storage: Storage) -> None:
+        self._storage, self._index, self._next, self.vanished = storage, Counted(storage), None, False
+
+    def _goes_on(self, error: DscheckError) -> bool:
+        """Whether all ranks try the next tier: one met damage or a fault of this one, and nothing else went wrong."""
+        kind = "storage" if isinstance(error, NEAR_FAULTS) else "told" if isinstance(error, RankFailureError) else "no"
+
+        def decide(posts: Sequence[bytes]) -> bytes:
+            kinds = {unpack(post) for post in posts}
+            return pack("storage" in kinds and "no" not in kinds)
+
+        try:
+            return bool(unpack(self._exchange("fallback", Ok(pack(kind)), decide)))
+        except DscheckError:
+            return False
+
+    def _run(self, request: Request, record: Record, wire: Wire | None) -> LoadReport:
+        prepared = self._prepare_with_all(request, record, wire)
         index_read = self._index.nbytes
         answer = self._exchange("prepared", Ok(pack(prepared.restore.unexpected)), _unexpected_everywhere)
         unexpected = tuple(unpack(answer))
@@ -137,14 +216,14 @@ class Loader:
                 "loaded; load with strict=False to leave them out, or into the state that was saved"
             )
         self._clock("plan")
-        self._next = "done" if self._wire is None else "shared"
-        parts = self._act(lambda: split(prepared.contents, prepared.needs, self._wire, self._deadline))
-        if self._wire is not None:
+        self._next = "done" if wire is None else "shared"
+        parts = self._act(lambda: split(prepared.contents, prepared.needs, wire, self._deadline))
+        if wire is not None:
             self._exchange("shared", Ok(), _nothing)
         self._clock("share")
         self._next = "pass-0" if parts.rounds else "done"
         self.touched = True
-        filling = self._act(lambda: self._fill(prepared, parts))
+        filling = self._act(lambda: self._fill(prepared, parts, wire))
         self._clock("read")
         rng = self._act(prepared.restore.finish)
         read = filling.read + self._index.nbytes
@@ -153,6 +232,7 @@ class Loader:
         return LoadReport(
             step=record.step,
             term=record.term,
+            root=self._storage.url,
             missing=prepared.restore.missing,
             unexpected=unexpected,
             rng=rng,
@@ -173,22 +253,36 @@ class Loader:
             self._exchange(phase, Failed(f"{type(error).__name__}: {error}"), _nothing)
 
     def _choose(self, request: Request, posts: Sequence[bytes]) -> bytes:
-        for rank, post in enumerate(map(unpack, posts)):
+        requests = [unpack(post)["request"] for post in posts]
+        for rank, post in enumerate(requests):
             if post["step"] != request.step:
                 raise ConfigError(
                     f"rank 0 loads step {request.step}, rank {rank} loads step {post['step']}: load() is called with "
                     "the same arguments on all ranks",
                     ranks=[0, rank],
                 )
-            if post != unpack(posts[0]):
+            if post != requests[0]:
                 raise ConfigError(
                     f"load() is called with other arguments on rank {rank} than on rank 0", ranks=[0, rank]
                 )
-        return self._see(request.step)
+        return self._see(request.step, [unpack(post)["near"].encode("latin-1") for post in posts])
 
-    def _see(self, step: int | None) -> bytes:
-        history = read_history(self._index)
+    def _seen_near(self) -> bytes:
+        """What this rank's node holds of a near tier of its own; nothing where all ranks see the same."""
+        if not self._tiers.node_local:
+            return b""
+        try:
+            return Node.look(self._tiers.near).encode()
+        except DscheckError as error:
+            self._warn(f"the near tier {self._tiers.near.url} cannot be read and does not count: {error}")
+            return UNREADABLE
+
+    def _see(self, step: int | None, posts: Sequence[bytes]) -> bytes:
+        history, counted = self._history(posts)
         record = history.resolve(step)
+        tiers = [0]
+        if self._tiers.shared is not None and record is not None:
+            tiers = self._tiers_of(StepRef(record.step, record.term), counted)
         return pack(
             {
                 "record": None if record is None else record.encode().decode(),
@@ -196,12 +290,33 @@ class Loader:
                 "term": None if record is None else record.term,
                 "newest_term": history.newest_term,
                 "run": history.run,
+                "tiers": tiers,
             }
         )
 
-    def _prepare_with_all(self, request: Request, record: Record) -> _Prepared:
+    def _history(self, posts: Sequence[bytes]) -> tuple[History, frozenset[StepRef]]:
+        near, shared = self._tiers.storages[0], self._tiers.shared
+        if shared is None:
+            return read_history(self._index), frozenset()
         try:
-            return self._prepare(request, record)
+            nodes = [Node.decode(post) for post in posts] if self._tiers.node_local else [Node.look(near)]
+        except DscheckError as error:
+            self._warn(f"the near tier {near.url} does not count: {error}")
+            return read_history(shared), frozenset()
+        return read_tiers(near, shared, nodes)
+
+    def _tiers_of(self, ref: StepRef, counted: frozenset[StepRef]) -> list[int]:
+        key, shared = record_key(ref.step, ref.term), self._tiers.shared
+        assert shared is not None
+        return [0] * (ref in counted) + [1] * any(entry.key == key for entry in shared.list(key))
+
+    def _warn(self, what: str) -> None:
+        log.warning("%s", what)
+        warnings.warn(f"dscheck: {what}", RuntimeWarning, stacklevel=2)
+
+    def _prepare_with_all(self, request: Request, record: Record, wire: Wire | None) -> _Prepared:
+        try:
+            return self._prepare(request, record, wire)
         except (NeighbourFailedError, NeighbourLateError):
             # Not of this rank: the agreement tells all what that one says of itself, or that it is absent.
             self._exchange("prepared", Ok(pack(None)), _unexpected_everywhere)
@@ -209,9 +324,9 @@ class Loader:
         except Exception as error:
             self._fail("prepared", error)
 
-    def _prepare(self, request: Request, record: Record) -> _Prepared:
+    def _prepare(self, request: Request, record: Record, wire: Wire | None) -> _Prepared:
         """All that can be known before the first byte is placed: names, shapes, dtypes, cover. Touches nothing."""
-        with HostIndex(self._index, self._wire, self._index_deadline()) as index:
+        with HostIndex(self._index, wire, self._index_deadline()) as index:
             contents = Contents.open(self._index, record, index.fetch)
             saved = saved_state(contents, self._ranks.rank, self._ranks.size)
             restore = self._live.prepare(saved, request.only, request.strict)
@@ -227,7 +342,7 @@ class Loader:
         """Soon enough before the deadline for the ranks of a host to agree with all others on whom they wait for."""
         return self._deadline - min(AGREEMENT_S, AGREEMENT_PART * (self._deadline - time.monotonic()))
 
-    def _fill(self, prepared: _Prepared, parts: Split) -> Filling:
+    def _fill(self, prepared: _Prepared, parts: Split, wire: Wire | None) -> Filling:
         for device in {target.view.device for target in prepared.needs.targets} - {torch.device("cpu")}:
             torch.accelerator.synchronize(device)  # a step under way, on whatever stream, must not write over it
         filling = Filling(self._storage, prepared.contents, prepared.checksums, self._settings, self._deadline)
@@ -237,7 +352,7 @@ class Loader:
             self._exchange(passing, Ok(), _nothing)
             self._next = f"pass-{number + 1}" if number + 1 < parts.rounds else "done"
 
-        filling.run(parts, self._wire, agree)
+        filling.run(parts, wire, agree)
         return filling
 
     def _act(self, act: Callable[[], T]) -> T:
@@ -279,7 +394,7 @@ class Loader:
         self._phase_s[phase], self._since = now - self._since, now
 
     def _exchange(self, phase: str, mine: Ok | Failed, decide: Callable[[Sequence[bytes]], bytes]) -> bytes:
-        name, said = f"load-{self._number}/{phase}", f"load ({phase})"
+        name, said = f"{self._round}/{phase}", f"load ({phase})"
         try:
             return self._ranks.exchange(name, mine, decide, deadline=self._deadline, phase=said)
         except RankFailureError as error:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 class LoadReport:
     """The step that the live state now is, and how it got there, on this rank.
 
-    `missing`: live names that the checkpoint does not have (empty unless strict=False); `unexpected`: saved names below
-    the wanted ones that nothing live took; `rng`: "exact" on the same number of ranks, "equivalent" on another, "none";
+    `root`: the storage that it was read from; `missing`: live names that the checkpoint does not have (empty unless
+    strict=False); `unexpected`: saved names below the wanted ones that nothing live took; `rng`: "exact" on the same
+    number of ranks, "equivalent" on another, "none";
     `bytes`: wanted bytes of tensors; `bytes_read`: read from storage for them by this rank, plan, checksums and objects
     included; `bytes_received`: what other ranks had read and passed on. `index_bytes_read` and `index_bytes_received`
     are what of these came before the first tensor: history, plan, files, objects, checksums. Over all ranks:
@@ -22,6 +23,7 @@ class LoadReport:
 
     step: int
     term: int
+    root: str
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     rng: str

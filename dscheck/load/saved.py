@@ -17,7 +17,9 @@ def saved_state(contents: Contents, rank: int, world: int) -> SavedState:
     Equal texts of several saved ranks are read once. Objects that differ between ranks are this rank's own on the same
     number of ranks; on another they are named as conflicted.
     """
-    firsts: dict[str, int] = {}
+    saved_world = len(contents.plan.ranks)
+    # The own file first: on a node's own disk there may be no other.
+    firsts = {contents.files[rank].ours.sha256: rank} if world == saved_world else {}
     for row in contents.files:
         firsts.setdefault(row.ours.sha256, row.rank)
     values: dict[str, dict[int, Any]] = defaultdict(dict)
@@ -28,7 +30,6 @@ def saved_state(contents: Contents, rank: int, world: int) -> SavedState:
         for optimizer, by_parameter in saved_options.items():
             for parameter, found in by_parameter.items():
                 options[optimizer][parameter][first] = found
-    saved_world = len(contents.plan.ranks)
     own = firsts[contents.files[rank].ours.sha256] if world == saved_world else -1
     ours = {path: found.get(own, next(iter(found.values()))) for path, found in values.items()}
     conflicted = {path for path, found in values.items() if own not in found and _differ(found)}

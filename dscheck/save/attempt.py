@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +65,9 @@ class Attempt:
 
     `number` counts the calls and keys the rounds. `error`: it failed in the call; `told`: and was raised there.
     `metrics`: for the record; those of rank 0 count. `coordinator`: of rank 0 at that time. `busy`: it only says that
-    this rank skips. `spans`: of its capture, once it has ended. `planned`: the plan of its round has been answered.
+    this rank skips. `spans`: of its capture, once it has ended. `planned`: the plan of its round has been answered;
+    `keeping`: and the arrival, where each node publishes the record. `await_uploads`: what the coordinator calls before
+    a claim.
     """
 
     number: int
@@ -82,6 +84,8 @@ class Attempt:
     spans: list[Span] = field(default_factory=list)
     exchanging: bool = False
     planned: bool = False
+    keeping: bool = False
+    await_uploads: Callable[[], None] = lambda: None
     late: dict[tuple[str, Region], Chunk] = field(default_factory=dict)
     _joined: list[str] = field(default_factory=list)
     _owing: set[str] = field(default_factory=lambda: {"copies", "late"})
@@ -108,7 +112,11 @@ class Attempt:
     def untold(self) -> str | None:
         """The round in which the others wait for this rank and have not heard of it, entered by this; or None."""
         with self._lock:
-            phase = "plan" if not self._joined else "arrive" if self.planned and self._joined == ["plan"] else None
+            phase = "plan" if not self._joined else None
+            if self.planned and self._joined == ["plan"]:
+                phase = "arrive"
+            if self.keeping and self._joined == ["plan", "arrive"]:
+                phase = "kept"
             self._joined += [phase] if phase else []
             return phase
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import socket
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from dscheck.commit import assert_newest, check_files, claim, publish, put_files, put_plan
+from dscheck.commit.tiered import level_claims
 from dscheck.config import Settings
 from dscheck.errors import ConfigError, LayoutError, SupersededError
 from dscheck.manifest.arrow import encode_files
 from dscheck.manifest.files import Extent, FileRow, validate_files
+from dscheck.manifest.keys import plan_key
 from dscheck.manifest.record import CODED, Digest, Record, Term
 from dscheck.ranks.message import pack, unpack
 from dscheck.save.claims import RankClaims, pack_exceptions
@@ -24,7 +27,7 @@ from dscheck.save.merge import merge
 from dscheck.save.planned import Planned
 from dscheck.save.retainer import Retainer
 from dscheck.save.rivals import Rivals, Samples
-from dscheck.storage.base import Storage
+from dscheck.storage import Tiers
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +50,14 @@ class _Attempt:
 
 
 class Coordinator:
-    """Decides the two rounds of a save on rank 0.
+    """Decides the two rounds of a save on rank 0, and the third one where each node has a near tier of its own.
 
     Called by the thread of the saves, and for a skip by that of the skip, which changes nothing here.
     """
 
-    def __init__(self, storage: Storage, settings: Settings, versions: Mapping[str, str], retainer: Retainer) -> None:
-        self._storage, self._settings, self._versions, self._retainer = storage, settings, versions, retainer
+    def __init__(self, tiers: Tiers, settings: Settings, versions: Mapping[str, str], retainer: Retainer) -> None:
+        self._tiers, self._storage, self._settings, self._versions = tiers, tiers.near, settings, versions
+        self._retainer = retainer
         self._lineage = Lineage(0, None, None)
         self._term: Term | None = None
         self._tried: int | None = None
@@ -70,7 +74,7 @@ class Coordinator:
 
         Whatever the old one still does is then in a term that no longer counts.
         """
-        new = Coordinator(self._storage, self._settings, self._versions, self._retainer)
+        new = Coordinator(self._tiers, self._settings, self._versions, self._retainer)
         new.continue_from(self._lineage if self._term is None else self._beyond(self._term))
         new._own_claims = set(self._own_claims)
         new._claims, new._digests, new._planned = dict(self._claims), self._digests, self._planned
@@ -83,13 +87,16 @@ class Coordinator:
         """The next save claims a new term: the job was just started, or has loaded a step."""
         self._lineage, self._term, self._tried, self._committed = lineage, None, None, None
 
-    def decide_plan(self, payloads: Sequence[bytes]) -> bytes:
-        """The answer to the first round: skip, or the term, the attempt and the plan."""
+    def decide_plan(self, payloads: Sequence[bytes], await_uploads: Callable[[], None] = lambda: None) -> bytes:
+        """The answer to the first round: skip, or the term, the attempt and the plan.
+
+        `await_uploads` returns when a claim may follow: what is uploaded comes under its own term, if it can (P32).
+        """
         posts = [unpack(payload) for payload in payloads]
         step = _same_step(posts)
         if any(post["busy"] for post in posts):
             return pack({"skip": True})
-        term = self._term_for(step)
+        term = self._term_for(step, await_uploads)
         self._tried = step
         self._receive(posts)
         known = self._planned
@@ -106,19 +113,23 @@ class Coordinator:
         if any(post["plan"] != answer["plan"] for post in posts):
             answer["exceptions"] = pack_exceptions(planned.exceptions)
             answer["contested"] = pack_exceptions(dict.fromkeys(planned.rivals.regions, ()))
+        if self._tiers.node_local and any(post["stored"] != plan_key(term.term, answer["plan"]) for post in posts):
+            answer["plan_text"] = base64.b64encode(planned.encoded.data).decode()
         return pack(answer)
 
     def decide_arrive(self, payloads: Sequence[bytes]) -> bytes:
-        """The answer to the second round: the step exists. Proves invariant C4 before, and C1 and C2 by `publish`."""
+        """The answer to the second round: the step exists. Proves invariant C4 before, and C1 and C2 by `publish`.
+
+        Where each node has a near tier of its own, the answer is the record and what it names: each rank publishes it
+        there (`decide_kept`).
+        """
         assert self._planned is not None
         assert self._term is not None
         assert self._attempt is not None
         planned, term, attempt = self._planned, self._term, self._attempt
         rows = [_row(rank, unpack(payload)) for rank, payload in enumerate(payloads)]
         validate_files(rows, planned.file_ends)
-        check_files(self._storage, attempt.step, term.term, rows)
         files = encode_files(rows)
-        put_files(self._storage, attempt.step, term.term, files)
         record = Record(
             step=attempt.step,
             term=term.term,
@@ -133,12 +144,23 @@ class Coordinator:
             metrics=attempt.metrics,
             requires=(CODED,) if any(row.coded for row in rows) else (),
         )
+        if self._tiers.node_local:
+            texts = {"record": record.encode().decode(), "files": base64.b64encode(files).decode()}
+            return pack({"committed": record.committed} | texts)
+        check_files(self._storage, attempt.step, term.term, rows)
+        put_files(self._storage, attempt.step, term.term, files)
         publish(self._storage, record)
         self._committed = attempt.step
         self._retainer.wake(term, record)
         return pack({"committed": record.committed})
 
-    def _term_for(self, step: int) -> Term:
+    def decide_kept(self, payloads: Sequence[bytes]) -> bytes:
+        """The answer to the third round: every node has published the record, so that the step counts."""
+        assert self._attempt is not None
+        self._committed = self._attempt.step
+        return pack({})
+
+    def _term_for(self, step: int, await_uploads: Callable[[], None]) -> Term:
         """The term of this attempt: a first save, or a second try of a step, claims a new one (C2)."""
         term = self._term
         if term is not None and (self._tried is None or step > self._tried):
@@ -147,17 +169,26 @@ class Coordinator:
         if term is not None:
             # A claim that fails may still arrive, and continues from there: this term must not go on beyond it.
             self.continue_from(self._beyond(term))
+        await_uploads()
         self._term = self._claim()
+        if self._tiers.shared is not None:
+            level_claims(self._tiers.shared, self._tiers.near)
         return self._term
 
     def _claim(self) -> Term:
-        """The next term. One that an earlier, failed claim of this very job has after all is passed over."""
+        """The next term. One that an earlier, failed claim of this very job has after all is passed over.
+
+        The shared tier is claimed first, so that the claims of a near tier are never ahead of it for long.
+        """
+        claimed = self._tiers.shared or self._tiers.near
+        if claimed is not self._tiers.near:
+            level_claims(self._tiers.near, claimed)
         while True:
             lineage, identity = self._lineage, uuid.uuid4().hex
             self._own_claims.add(identity)
             try:
                 return claim(
-                    self._storage,
+                    claimed,
                     seen=lineage.seen,
                     parent=lineage.parent,
                     run=lineage.run,

@@ -22,7 +22,7 @@ from dscheck.save.coordinator import Coordinator
 from dscheck.save.handle import GRACE_S
 from dscheck.save.stages import Stages, Standing
 from dscheck.snapshot import Capturer, Fences
-from dscheck.storage.base import Storage
+from dscheck.storage import Tiers
 
 log = logging.getLogger("dscheck")
 
@@ -36,20 +36,20 @@ class Pipeline:
 
     def __init__(
         self,
-        storage: Storage,
+        tiers: Tiers,
         ranks: Ranks,
         settings: Settings,
         fences: Fences,
         coordinator: Coordinator,
         agreed: Standing,
     ) -> None:
-        self._storage, self._ranks, self._fences = storage, ranks, fences
+        self._storage, self._ranks, self._fences = tiers.near, ranks, fences
         self.coordinator, self.standing = coordinator, agreed
         self.capturer = Capturer(settings, fences.steps)
         self.superseded: SupersededError | None = None
         self._reason: DscheckError | None = None
         self._broken = False
-        self._stages = Stages(storage, ranks, settings, agreed, self.capturer.plan, self._check)
+        self._stages = Stages(tiers, ranks, settings, agreed, self.capturer.plan, self._check)
         self._captures: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
         self._saves: queue.SimpleQueue[Attempt | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []

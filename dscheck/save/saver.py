@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from dscheck.commit import SingleWriter
 from dscheck.config import Settings
@@ -23,9 +24,10 @@ from dscheck.save.retainer import Retainer
 from dscheck.save.shares import Shares
 from dscheck.save.stages import Standing
 from dscheck.save.trace import TRAINING, Trace
+from dscheck.save.upload import Uploads
 from dscheck.snapshot import Capture, Fences
 from dscheck.state.leaf import FlatState
-from dscheck.storage.base import Storage
+from dscheck.storage import Tiers
 
 POLL_S = 0.001
 """How often a waiting `save()` looks for room: it is given back chunk by chunk, by threads that know of no waiter."""
@@ -41,17 +43,26 @@ class Saver:
     """All saves of one Checkpointer on one rank. Every method is for the training thread."""
 
     def __init__(
-        self, storage: Storage, ranks: Ranks, settings: Settings, fences: Fences, versions: Mapping[str, str]
+        self, tiers: Tiers, ranks: Ranks, settings: Settings, fences: Fences, versions: Mapping[str, str]
     ) -> None:
-        self._storage, self._ranks, self._settings, self._fences = storage, ranks, settings, fences
+        self._tiers, self._storage = tiers, tiers.near
+        self._ranks, self._settings, self._fences = ranks, settings, fences
         self._host = socket.gethostname()
-        committing = SingleWriter(storage) if settings.commit == "single-writer" else storage
-        self.retainer = Retainer(committing, settings.kept)
+        committing = _single_writer(tiers) if settings.commit == "single-writer" else tiers
+        keep = [one or settings.kept for one in tiers.keep]
+        self.retainer = Retainer(committing.near, None if committing.shared else keep[0])
         self._pipeline = self._new_pipeline(Coordinator(committing, settings, versions, self.retainer), Standing())
         self._holdings: Holdings | None = None
         self._in_flight: deque[Attempt] = deque()
         self._skips: list[SaveHandle] = []
         self._calls = 0
+        self._uploads: Uploads | None = None
+        if committing.shared is not None:
+            retainers = [Retainer(storage, one) for storage, one in zip(committing.storages, keep, strict=True)]
+            self._uploads = Uploads(committing, committing.shared, ranks, settings, retainers, self._supersede)
+            self.retainer = retainers[-1]
+        self._continued: int | None = None
+        """The step loaded last, until the first save after it: what waits for its upload up to there goes first."""
 
     @property
     def superseded(self) -> SupersededError | None:
@@ -62,12 +73,18 @@ class Saver:
         """The next save claims a new term that continues from there. Only between saves."""
         self._pipeline.coordinator.continue_from(lineage)
         self._pipeline.standing.confirmed = self._pipeline.superseded = None
+        self._continued = None if lineage.parent is None else lineage.parent[1]
 
     def prepare(self, flat: FlatState) -> None:
         """Get threads, memory and plan ready for saves of this structure, ahead of the first one."""
         self._pipeline.start()
         self._pipeline.capturer.window_hint_s = self._fences.window_s
         self._pipeline.capturer.prepare(self._shares(self._holdings_of(flat), flat).plan)
+
+    def upload(self, step: int) -> None:
+        """What waits for its upload, up to `step`, is in the shared tier. Collective, and only between saves."""
+        assert self._uploads is not None
+        self._uploads.now(step)
 
     def save(self, step: int, flat: FlatState, began: float, metrics: Mapping[str, float | None]) -> SaveHandle:
         """Take the moment and hand it to the background; `began`: when the call did, on time.monotonic().
@@ -86,7 +103,7 @@ class Saver:
             shares = self._shares(holdings, flat)
         except Exception as failure:
             error = failure
-        attempt = self._attempt(step, SaveHandle(step, self._settings.timeout_s))
+        attempt = self._attempt(step, self._handle(step))
         attempt.error, attempt.handle.stats.in_flight = error, len(self._in_flight)
         attempt.metrics = metrics
         span = attempt.trace.open(TRAINING, "save()", began)
@@ -102,13 +119,13 @@ class Saver:
 
     def refuse(self, step: int, error: Exception) -> None:
         """`save()` fails in the call on this rank: the others learn it, in the background."""
-        attempt = self._attempt(step, SaveHandle(step, self._settings.timeout_s))
+        attempt = self._attempt(step, self._handle(step))
         attempt.error, attempt.told = error, True
         self._enqueue(attempt)
 
     def decline(self, step: int, error: SupersededError) -> SaveHandle:
         """This job lost the root to a newer one: no save of it succeeds any more, which is said at every one (C2)."""
-        handle = SaveHandle(step, self._settings.timeout_s)
+        handle = self._handle(step)
         self.refuse(step, error)
         handle.finish(error)
         warnings.warn(f"dscheck: step {step} is not saved: {error}", RuntimeWarning, stacklevel=3)
@@ -141,6 +158,8 @@ class Saver:
             for skip in self._skips:
                 skip.join(max(0.0, skip.deadline - time.monotonic()) + GRACE_S)
         self._pipeline.close(GRACE_S)
+        if self._uploads is not None:
+            self._uploads.close(abort=abort)
         self.retainer.close(GRACE_S)
 
     def _holdings_of(self, flat: FlatState) -> Holdings:
@@ -204,7 +223,7 @@ class Saver:
 
     def _skip(self, step: int) -> SaveHandle:
         """Tell the others that this rank is busy, without waiting for what it is busy with."""
-        attempt = self._new_attempt(step, SaveHandle(step, self._settings.timeout_s))
+        attempt = self._new_attempt(step, self._handle(step))
         attempt.busy = True
         self._skips = [skip for skip in self._skips if not skip.done] + [attempt.handle]
         try:
@@ -216,7 +235,20 @@ class Saver:
     def _new_attempt(self, step: int, handle: SaveHandle) -> Attempt:
         self._calls += 1
         trace = Trace(self._settings.trace, step, self._ranks.rank)
-        return Attempt(self._calls, step, handle, self._pipeline.coordinator, trace)
+        attempt = Attempt(self._calls, step, handle, self._pipeline.coordinator, trace)
+        if self._uploads is not None:
+            if self._continued is not None:
+                self._uploads.put(None, self._continued)
+                self._continued = None
+            attempt.await_uploads = self._uploads.put(handle, step)
+        return attempt
+
+    def _handle(self, step: int) -> SaveHandle:
+        later = None if self._uploads is None else self._settings.upload_timeout_s
+        return SaveHandle(step, self._settings.timeout_s, later)
+
+    def _supersede(self, error: SupersededError) -> None:
+        self._pipeline.superseded = error
 
     def _attempt(self, step: int, handle: SaveHandle) -> Attempt:
         self.tidy()
@@ -225,7 +257,7 @@ class Saver:
         return attempt
 
     def _new_pipeline(self, coordinator: Coordinator, standing: Standing) -> Pipeline:
-        return Pipeline(self._storage, self._ranks, self._settings, self._fences, coordinator, standing)
+        return Pipeline(self._tiers, self._ranks, self._settings, self._fences, coordinator, standing)
 
     def _abandon(self, error: DscheckError) -> None:
         """A thread hangs in a call that knows no deadline, or died: leave it, with the memory it may still touch.
@@ -290,3 +322,8 @@ class Saver:
             self._pipeline.put(attempt)
         except RuntimeError as error:  # the system starts no more threads
             self._pipeline.end(attempt, error)
+
+
+def _single_writer(tiers: Tiers) -> Tiers:
+    shared = None if tiers.shared is None else SingleWriter(tiers.shared)
+    return replace(tiers, near=SingleWriter(tiers.near), shared=shared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import logging
@@ -10,10 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dscheck.commit import await_record, confirm
+from dscheck.commit import await_record, check_files, confirm, publish, put_files
+from dscheck.commit.publish import put_same
+from dscheck.commit.tiered import level_claims
 from dscheck.config import Settings
 from dscheck.errors import DeadlineError, DscheckError, RankFailureError, SaveSkippedError
-from dscheck.manifest.keys import data_key
+from dscheck.manifest.arrow import decode_files
+from dscheck.manifest.keys import data_key, files_key, plan_key, record_key
+from dscheck.manifest.record import Record, decode_record
 from dscheck.ranks.base import Failed, Ok, Ranks
 from dscheck.ranks.message import pack, unpack
 from dscheck.save.attempt import Attempt, Moment
@@ -24,7 +29,7 @@ from dscheck.save.fragments import Layout
 from dscheck.save.handle import GRACE_S
 from dscheck.save.shares import Agreed, Box, PlanMaker, Shares, boxes_of
 from dscheck.save.write import DataFile
-from dscheck.storage.base import Storage
+from dscheck.storage import Tiers
 
 log = logging.getLogger("dscheck")
 
@@ -38,6 +43,7 @@ class Standing:
 
     `digest`: of the claims that the coordinator has. `agreed`: what its last plan told. `shares`: by which the next
     save captures, as far as it was made already. `confirmed`: the term that this rank has seen in the storage.
+    `stored`: the key of the plan that this rank's node has in a near tier of its own.
     Written by the thread of the saves; the training thread reads `digest` before the others, and makes `shares`.
     """
 
@@ -45,6 +51,7 @@ class Standing:
     agreed: Agreed = field(default_factory=Agreed)
     shares: Shares | None = None
     confirmed: int | None = None
+    stored: str = ""
 
 
 class Stages:
@@ -52,14 +59,14 @@ class Stages:
 
     def __init__(
         self,
-        storage: Storage,
+        tiers: Tiers,
         ranks: Ranks,
         settings: Settings,
         standing: Standing,
         make: PlanMaker,
         check: Callable[[], None],
     ) -> None:
-        self._storage, self._ranks, self._settings = storage, ranks, settings
+        self._tiers, self._storage, self._ranks, self._settings = tiers, tiers.near, ranks, settings
         self._standing, self._make, self._check_stop = standing, make, check
         self._layout: Layout | None = None
         self._codecs = choice_of(settings)
@@ -92,6 +99,7 @@ class Stages:
                 "claims": shares.holdings.text.decode() if shares.full else None,
                 "plan": shares.agreed.plan,
                 "full": shares.full,
+                "stored": self._standing.stored,
                 "samples": [_hash(capture.sample(number)) for number in range(len(shares.watched))],
             }
         answer = self._join(attempt, "plan", Ok(pack(post)))
@@ -134,6 +142,8 @@ class Stages:
         term, rank, trace, moment = answer["term"], self._ranks.rank, attempt.trace, attempt.moment
         if self._standing.confirmed != term:
             with trace.span("confirm the term"):
+                if self._tiers.node_local and self._tiers.shared is not None:
+                    level_claims(self._tiers.shared, self._storage)
                 confirm(self._storage, term, answer["term_id"])
             self._standing.confirmed = term
         assert moment is not None
@@ -150,11 +160,35 @@ class Stages:
         wrote_s = time.monotonic() - began
         attempt.handle.stats.written_s = time.monotonic() - attempt.handle.began
         try:
-            self._join(attempt, "arrive", Ok(pack_row(row)))
+            arrived = self._join(attempt, "arrive", Ok(pack_row(row)))
         except (DeadlineError, RankFailureError) as error:
-            if not self._committed_anyhow(attempt.step, term, answer["id"], error):
+            # A record on one node's own disk does not tell whether the others have it too.
+            if self._tiers.node_local or not self._committed_anyhow(attempt.step, term, answer["id"], error):
                 raise
+            return
+        if self._tiers.node_local:
+            attempt.keeping = True
+            with trace.span("publish on this node"):
+                self._publish(attempt, answer, arrived)
+            self._join(attempt, "kept", Ok())
         self._codecs.wrote(self._storage, key, fragments.layout, wrote_s)
+
+    def _publish(self, attempt: Attempt, answer: Mapping[str, Any], arrived: Mapping[str, Any]) -> None:
+        """The step exists in this node's part of the near tier: what its record names is there, as far as it is ours.
+
+        Every rank of the node does this: who comes second finds the same bytes.
+        """
+        near, files = self._storage, base64.b64decode(arrived["files"])
+        record = decode_record(arrived["record"].encode(), record_key(attempt.step, answer["term"]))
+        assert isinstance(record, Record)
+        key = plan_key(record.term, answer["plan"])
+        if self._standing.stored != key:
+            put_same(near, key, base64.b64decode(answer["plan_text"]))
+            self._standing.stored = key
+        rows = decode_files(files, files_key(record.step, record.term))
+        check_files(near, record.step, record.term, rows, self._ranks.rank)
+        put_files(near, record.step, record.term, files)
+        publish(near, record)
 
     def _committed_anyhow(self, step: int, term: int, id: str, error: DscheckError) -> bool:
         """The coordinator may have committed and died, or been too slow to say so: the record knows (C7)."""
@@ -177,7 +211,9 @@ class Stages:
 
         def decide(posts: Sequence[bytes]) -> bytes:
             with trace.span("plan of all ranks" if phase == "plan" else "record"):
-                return coordinator.decide_plan(posts) if phase == "plan" else coordinator.decide_arrive(posts)
+                if phase == "plan":
+                    return coordinator.decide_plan(posts, attempt.await_uploads)
+                return coordinator.decide_arrive(posts) if phase == "arrive" else coordinator.decide_kept(posts)
 
         attempt.exchanging = True
         try:

@@ -5,5 +5,18 @@ from dscheck.storage.local import LocalStorage
 from dscheck.storage.memory import MemoryStorage
 from dscheck.storage.redact import redact_url
 from dscheck.storage.schemes import open_storage
+from dscheck.storage.tier import Root, Tier, Tiers, open_tiers
 
-__all__ = ["Entry", "LocalStorage", "MemoryStorage", "ObjectWriter", "Storage", "open_storage", "redact_url"]
+__all__ = [
+    "Entry",
+    "LocalStorage",
+    "MemoryStorage",
+    "ObjectWriter",
+    "Root",
+    "Storage",
+    "Tier",
+    "Tiers",
+    "open_storage",
+    "open_tiers",
+    "redact_url",
+]

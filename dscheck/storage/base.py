@@ -43,6 +43,20 @@ class FileWriter(ObjectWriter, Protocol):
         """
 
 
+class Objects(Protocol):
+    """What a reader of the history asks of a storage."""
+
+    @property
+    def url(self) -> str:
+        """As of a Storage."""
+
+    def read(self, key: str, offset: int = 0, length: int | None = None) -> bytes:
+        """As of a Storage."""
+
+    def list(self, prefix: str) -> Iterator[Entry]:
+        """As of a Storage."""
+
+
 @runtime_checkable
 class PartWriter(ObjectWriter, Protocol):
     """The writer of an object that may be put in parts instead of by `write`, several at once."""

@@ -242,3 +242,27 @@ def test_probe_of_what_is_no_file_system_is_wrong_usage() -> None:
     done = dscheck("probe", "memory://run")
     assert done.returncode == 2
     assert "measures file systems" in done.stderr
+
+
+def test_cp_copies_and_a_second_run_finds_all_of_it_there(root: Path, tmp_path: Path) -> None:
+    to = str(tmp_path / "copy")
+    dry = dscheck("cp", str(root), to, "--dry-run", "--json")
+    assert [row["outcome"] for row in json.loads(dry.stdout)] == ["to copy", "to copy"]
+    assert not (tmp_path / "copy").exists()
+    first = dscheck("cp", str(root), to, "--json")
+    assert [(row["step"], row["outcome"]) for row in json.loads(first.stdout)] == [(1, "copied"), (3, "copied")]
+    assert dscheck("verify", to).returncode == 0
+    second = dscheck("cp", str(root), to)
+    assert second.returncode == 0
+    assert second.stdout.count("there") == 2
+
+
+def test_cp_of_a_damaged_step_fails_and_leaves_the_steps_before_it(root: Path, tmp_path: Path) -> None:
+    source, to = damaged(root, tmp_path / "source"), str(tmp_path / "copy")
+    found = dscheck("cp", str(source), to)
+    assert found.returncode == 1
+    assert "crc32c" in found.stderr
+    assert [row["step"] for row in json.loads(dscheck("ls", to, "--json").stdout)] == [1]
+    only = dscheck("cp", str(source), str(tmp_path / "only"), "--step", "1", "--step", "7")
+    assert only.returncode == 1
+    assert "there is no step 7" in only.stderr
