@@ -293,7 +293,7 @@ def test_no_record_is_put_while_a_file_is_missing_in_the_listing(source: Storage
     copied(source, to, 1)
     to.delete(record_key(1, 1))
     to.delete("steps/1/1/data-1.bin")
-    with pytest.raises(StorageError, match="data-1.bin: its rank wrote .* the listing comes without it"):
+    with pytest.raises(StorageError, match=r"data-1\.bin: its rank wrote .* the listing comes without it"):
         finish(Contents.open(source, read_history(source).record(StepRef(1, 1))), to)
     assert assert_whole(to) == ()
 
