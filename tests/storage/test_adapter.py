@@ -283,6 +283,7 @@ class Hasty(Attic):
 
 def test_a_folder_that_another_made_meanwhile_is_as_good(tmp_path: Path) -> None:
     assert opened(Hasty, f"{tmp_path}/run").put_if_absent("records/1-1.json", b"x")
+    assert (tmp_path / "run" / "records" / "1-1.json").read_bytes() == b"x"
 
 
 def test_a_folder_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
