@@ -86,7 +86,8 @@ class Checkpointer:
             raise ConfigError(f"the state is a mapping of names to what is to be saved, not a {type(state).__name__}")
         self.tiers = open_tiers(root, storage_options)
         self.storage = self.tiers.near
-        self.settings = replace(checked, **(tuned(self.storage) | settings))
+        tuning = tuned(self.storage)
+        self.settings = replace(checked, **({} if tuning is None else tuning.settings) | settings)
         self.state = state
         self._ranks = ranks or open_ranks(
             self.settings.timeout_s, host=self.settings.store_host, port=self.settings.store_port

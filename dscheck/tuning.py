@@ -1,8 +1,9 @@
-"""The settings that suit a root's storage, as `dscheck probe` found them, beside what the root holds.
+"""The settings that suit a root's storage, and the rates reached with them, as `dscheck probe` found them.
 
-They lie in a file whose name begins with a dot, which is no part of a checkpoint (docs/format.md F2): sealed JSON of
-kind "tuning" with the object `settings`. Whoever can write it can make saves slower, and nothing else: only TUNABLE
-settings are taken from it, each within its bounds.
+They lie beside what the root holds, in a file whose name begins with a dot, which is no part of a checkpoint
+(docs/format.md F2): sealed JSON of kind "tuning" with the object `settings`, and in bytes a second what a save and a
+load of one process reached. Whoever can write it can make saves slower and forecasts wrong, and nothing else: only
+TUNABLE settings are taken from it, each within its bounds.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from dscheck.config import Settings
-from dscheck.errors import CorruptCheckpointError, DscheckError, StorageError
+from dscheck.errors import DscheckError, StorageError
 from dscheck.manifest.fields import VERSION, Fields
 from dscheck.manifest.text import LIMIT_BYTES, seal, unseal
 from dscheck.storage import LocalStorage, Storage
@@ -28,22 +30,42 @@ TUNABLE = frozenset({"read_threads", "io_threads", "direct_io"})
 MOST_THREADS = 64
 
 
-def tuned(storage: Storage) -> dict[str, Any]:
-    """The stored settings of this version's TUNABLE ones; empty where there are none. Never an error: a warning."""
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """`settings`: of this version's TUNABLE ones. `save_bytes_s`, `load_bytes_s`: what one process reached with them
+    when the probe ended, at `time` in seconds since the epoch.
+    """
+
+    settings: dict[str, Any]
+    save_bytes_s: float
+    load_bytes_s: float
+    time: float
+
+
+def tuned(storage: Storage) -> Tuning | None:
+    """What was stored, or None where nothing was. Never an error: a warning."""
     if not isinstance(storage, LocalStorage):
-        return {}
+        return None
     path = os.path.join(storage.root, NAME)
     try:
         data = _read(path)
-        return {} if data is None else _decode(data, path)
+        return None if data is None else _decode(data, path)
     except (OSError, DscheckError) as error:
         log.warning("the stored settings are ignored: %s; `dscheck probe` writes them anew", error)
-        return {}
+        return None
 
 
-def store(storage: LocalStorage, settings: Mapping[str, Any]) -> str:
-    """Replace the stored settings of a root that exists. Returns the file's path. Raises StorageError."""
-    body = {"version": VERSION, "requires": [], "kind": "tuning", "settings": dict(settings), "time": time.time()}
+def store(storage: LocalStorage, settings: Mapping[str, Any], save_bytes_s: float, load_bytes_s: float) -> str:
+    """Replace what is stored in a root that exists. Returns the file's path. Raises StorageError."""
+    body = {
+        "version": VERSION,
+        "requires": [],
+        "kind": "tuning",
+        "settings": dict(settings),
+        "save_bytes_s": save_bytes_s,
+        "load_bytes_s": load_bytes_s,
+        "time": time.time(),
+    }
     path = os.path.join(storage.root, NAME)
     temporary = os.path.join(storage.root, f".{uuid.uuid4().hex}.tmp")
     try:
@@ -69,15 +91,15 @@ def _read(path: str) -> bytes | None:
         os.close(fd)
 
 
-def _decode(data: bytes, path: str) -> dict[str, Any]:
-    body = unseal(data, path)
-    Fields(body, path).envelope("tuning")
-    settings = body.get("settings")
-    if not isinstance(settings, dict):
-        raise CorruptCheckpointError(f"'{path}': 'settings' is no object", url=path, key=NAME)
-    known = {name: value for name, value in settings.items() if name in TUNABLE}
-    too_many = [name for name, value in known.items() if type(value) is int and value > MOST_THREADS]
-    if too_many:
-        raise CorruptCheckpointError(f"'{path}': {too_many[0]} is over {MOST_THREADS}", url=path, key=NAME)
+def _decode(data: bytes, path: str) -> Tuning:
+    fields = Fields(unseal(data, path), path)
+    fields.envelope("tuning")
+    known = {name: value for name, value in fields.members("settings").items() if name in TUNABLE}
+    for name, value in known.items():
+        if type(value) is int and value > MOST_THREADS:
+            raise fields.corrupt(f"settings.{name}", f"is {value}, at most {MOST_THREADS} expected")
     Settings(**known)
-    return known
+    for name in ("save_bytes_s", "load_bytes_s"):
+        if fields.number(name) <= 0:
+            raise fields.corrupt(name, f"is {fields.number(name)}, a rate above 0 expected")
+    return Tuning(known, fields.number("save_bytes_s"), fields.number("load_bytes_s"), fields.number("time"))

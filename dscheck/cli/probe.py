@@ -25,12 +25,12 @@ def show(root: str, megabytes: int, seconds: float, keep: bool, as_json: bool) -
     for way, rate in found.ways.items():
         shown.add_row(_way(way), *_cells(rate, write, read))
     shown.add_section()
-    for settings, rate in found.reached:
-        shown.add_row(f"dscheck, {describe(settings)}", *_cells(rate, write, read))
+    for one in found.reached:
+        shown.add_row(f"dscheck, {describe(one.settings)}", *_cells(Rate(one.save, one.load), write, read))
     console().print(shown)
     print("percentages are of the fastest; a write counts until it is durable, a save until it is committed")
     if found.stored is not None:
-        print(f"stored for later jobs: {describe(found.chosen)} ({found.stored})")
+        print(f"stored for later jobs and for `dscheck plan`: {describe(found.chosen.settings)} ({found.stored})")
 
 
 def _way(way: Way) -> str:
@@ -51,9 +51,8 @@ def _plain(found: Findings) -> dict[str, Any]:
             way._asdict() | {"write_bytes_s": rate.write, "read_bytes_s": rate.read} for way, rate in found.ways.items()
         ],
         "dscheck": [
-            {"settings": settings, "save_bytes_s": rate.write, "load_bytes_s": rate.read}
-            for settings, rate in found.reached
+            {"settings": one.settings, "save_bytes_s": one.save, "load_bytes_s": one.load} for one in found.reached
         ],
-        "chosen": found.chosen,
+        "chosen": found.chosen.settings,
         "stored": found.stored,
     }

@@ -22,8 +22,11 @@ def size(nbytes: float) -> str:
 
 
 def when(seconds: float) -> str:
-    """Local time to the second."""
-    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+    """Local time to the second; seconds since 1970 where a calendar has no such day."""
+    try:
+        return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds:g} s"
 
 
 def ranks(members: tuple[int, ...]) -> str:

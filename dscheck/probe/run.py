@@ -36,15 +36,28 @@ class Rate:
     read: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """Bytes a second of a save and a load of dscheck with these settings."""
+
+    settings: dict[str, Any]
+    save: float
+    load: float
+
+
 @dataclass(slots=True)
 class Findings:
     """`ways`: the storage by itself. `reached`: dscheck by settings; of these `chosen`, and `stored` in that file."""
 
     nbytes: int
     ways: dict[Way, Rate] = field(default_factory=dict)
-    reached: list[tuple[dict[str, Any], Rate]] = field(default_factory=list)
-    chosen: dict[str, Any] = field(default_factory=dict)
+    reached: list[Reached] = field(default_factory=list)
     stored: str | None = None
+
+    @property
+    def chosen(self) -> Reached:
+        """What is faster overall. Raises ValueError where nothing has been reached."""
+        return max(self.reached, key=lambda one: one.save * one.load)
 
     def best(self, verb: str, direct: bool | None = None) -> tuple[Way, float]:
         """The fastest way of "write" or "read", among direct or buffered ones or all. Raises ValueError for none."""
@@ -83,7 +96,8 @@ def probe(
             raise
         raise StorageError(f"'{storage.url}' cannot be probed: {error}", url=storage.url, key="") from error
     if keep:
-        found.stored = store(storage, found.chosen)
+        chosen = found.chosen
+        found.stored = store(storage, chosen.settings, chosen.save, chosen.load)
     return found
 
 
@@ -131,7 +145,7 @@ def _rate(nbytes: int, call: Callable[[], None]) -> float | None:
 
 
 def _measure_dscheck(found: Findings, folder: str, tell: Callable[[str], None]) -> None:
-    """With the defaults, then with what the storage suggests; what is faster overall is chosen."""
+    """With the defaults, then with what the storage suggests."""
     candidates: list[dict[str, Any]] = [{}, _suggested(found)]
     for number, settings in enumerate(candidates):
         if settings in candidates[:number]:
@@ -139,9 +153,8 @@ def _measure_dscheck(found: Findings, folder: str, tell: Callable[[str], None]) 
         tell(f"dscheck, {describe(settings)}")
         root = os.path.join(folder, f"root-{number}")
         saved_s, loaded_s = save_and_load(root, found.nbytes, settings)
-        found.reached.append((settings, Rate(found.nbytes / saved_s, found.nbytes / loaded_s)))
+        found.reached.append(Reached(settings, found.nbytes / saved_s, found.nbytes / loaded_s))
         shutil.rmtree(root)
-    found.chosen = max(found.reached, key=lambda one: (one[1].write or 0) * (one[1].read or 0))[0]
 
 
 def _suggested(found: Findings) -> dict[str, Any]:

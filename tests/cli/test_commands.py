@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 import torch
 
 from dscheck import Checkpointer, sharded
+from dscheck.cli.text import when
 from dscheck.ranks.base import Ranks
+from dscheck.storage import LocalStorage
+from dscheck.tuning import store
 from tests.end_to_end.worlds import job, open_on
 
 WHOLE = "import sys; from dscheck.cli import main; sys.argv[0] = 'dscheck'; main()"
@@ -197,8 +201,37 @@ def test_plan_says_what_each_rank_would_read(root: Path) -> None:
         assert row["wanted"] < row["read"] < row["wanted"] + 20_000
         assert row["seconds"] == round(row["read"] / 1e6, 3)
     assert plan["rows"][0]["files"] + plan["rows"][1]["files"] in (3, 4)
+    assert plan["rate"] == {"bytes_s": 1e6, "source": "as given by --gb-per-s"}
+    assert plan["once"] == 600 * 500 * 4 + 3 * 4
     table = dscheck("plan", str(root), "--to", "tp=2").stdout
     assert all(word in table for word in ("wanted", "files", "all ranks, each by itself", "docs/plan.md"))
+    assert "seconds" not in table
+    assert "let `dscheck probe` measure this root" in table
+
+
+def test_plan_says_how_long_by_what_a_probe_of_the_root_has_reached(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    store(LocalStorage(tmp_path), {}, save_bytes_s=5e6, load_bytes_s=2e6)
+    plan = json.loads(dscheck("plan", str(tmp_path), "--to", "dp=2", "--json").stdout)
+    assert plan["rate"]["bytes_s"] == 2e6
+    assert [row["seconds"] for row in plan["rows"]] == [round(row["read"] / 2e6, 3) for row in plan["rows"]]
+    shown = dscheck("plan", str(tmp_path), "--to", "dp=2").stdout
+    assert "at 2 MB/s, as one process reached it in `dscheck probe` on 20" in shown
+    assert "one disk of that rate for all ranks, in one process group: 0.6 s" in shown
+    given = json.loads(dscheck("plan", str(tmp_path), "--to", "dp=2", "--gb-per-s", "0.001", "--json").stdout)
+    assert given["rate"]["bytes_s"] == 1e6
+
+
+@pytest.mark.parametrize("seconds", [1e300, -1e300, 1e12])
+def test_a_time_that_no_calendar_has_is_shown_all_the_same(seconds: float) -> None:
+    assert when(seconds) == f"{seconds:g} s"
+
+
+def test_plan_of_a_step_without_tensors_reads_none(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, {"n": 7}, rng=False) as ckpt:
+        ckpt.save(1).wait()
+    (row,) = json.loads(dscheck("plan", str(tmp_path), "--to", "dp=2", "--json").stdout)["rows"]
+    assert (row["ranks"], row["wanted"], row["files"], row["reads"]) == ([0, 1], 0, 0, 0)
 
 
 def test_plan_names_what_its_rule_does_not_place(root: Path) -> None:
@@ -212,7 +245,15 @@ def test_plan_names_what_its_rule_does_not_place(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--to", "tp"], ["--to", "tp=2", "--cut", "x"], ["--to", "tp=2", "--only", "y"], []]
+    "arguments",
+    [
+        ["--to", "tp"],
+        ["--to", "tp=2", "--cut", "x"],
+        ["--to", "tp=2", "--only", "y"],
+        ["--to", "tp=2", "--gb-per-s", "0"],
+        ["--to", "tp=2", "--gb-per-s", "nan"],
+        [],
+    ],
 )
 def test_plan_refuses_what_it_cannot_read(root: Path, arguments: list[str]) -> None:
     found = dscheck("plan", str(root), *arguments)

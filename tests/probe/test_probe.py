@@ -13,8 +13,9 @@ import torch
 
 from dscheck import Checkpointer
 from dscheck.errors import ConfigError, StorageError
-from dscheck.probe import Findings, Rate, Way, disk, probe, run
-from dscheck.tuning import NAME
+from dscheck.probe import Findings, Rate, Reached, Way, disk, probe, run
+from dscheck.storage import LocalStorage
+from dscheck.tuning import NAME, tuned
 
 MB = 10**6
 
@@ -22,9 +23,11 @@ MB = 10**6
 def test_a_probe_measures_both_kinds_of_io_and_dscheck_and_leaves_only_its_settings(tmp_path: Path) -> None:
     found = probe(str(tmp_path / "new" / "root"), 2 * MB, 0.0)
     assert {way.direct for way in found.ways} == {True, False}
-    assert found.reached[0][0] == {}
-    assert all(rate.write and rate.read for _, rate in found.reached)
-    assert found.chosen in [settings for settings, _ in found.reached]
+    assert found.reached[0].settings == {}
+    assert all(one.save > 0 and one.load > 0 for one in found.reached)
+    stored = tuned(LocalStorage(tmp_path / "new" / "root"))
+    assert stored is not None
+    assert Reached(stored.settings, stored.save_bytes_s, stored.load_bytes_s) in found.reached
     assert [path.name for path in (tmp_path / "new" / "root").iterdir()] == [NAME]
 
 
@@ -80,7 +83,12 @@ def test_a_file_system_that_refuses_direct_io_is_measured_without(
     monkeypatch.setattr(run, "write_file", refusing)
     found = probe(str(tmp_path), MB, 0.0)
     assert all(rate.write is None for way, rate in found.ways.items() if way.direct)
-    assert found.reached[1][0]["direct_io"] is False
+    assert found.reached[1].settings["direct_io"] is False
+
+
+def test_what_saves_and_loads_fastest_together_is_chosen() -> None:
+    reached = [Reached({}, 1.0, 3.0), Reached({"io_threads": 1}, 2.0, 2.0), Reached({"io_threads": 2}, 3.0, 1.0)]
+    assert Findings(MB, reached=reached).chosen is reached[1]
 
 
 def test_fewer_threads_are_suggested_where_they_are_as_fast() -> None:
