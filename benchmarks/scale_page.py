@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
+
+from benchmarks.stall_targets import Target, at_most
 
 
 def page(result: dict[str, Any]) -> str:
@@ -144,8 +146,29 @@ def page(result: dict[str, Any]) -> str:
                 ],
             ),
             "",
+            "## Targets",
+            "",
+            *_table(Target._fields, targets(result)),
+            "",
         ]
     )
+
+
+def targets(result: dict[str, Any]) -> Iterator[Target]:
+    """The most that any layout takes, of what a rank, the coordinator and the storage may."""
+    plans = result["curve"] + result["saved"]
+    loads = [load for plan in result["saved"] for load in plan["loads"]]
+    planned = [load["open_s"] + load["plan_s"] + load["reads_s"] for load in loads]
+    steady = [
+        (row["steady"]["decide_plan_s"] + row["steady"]["decide_arrive_s"]) / row["ranks"] for row in result["store"]
+    ]
+    yield at_most("one rank's load plan", max(planned), 1, " s")
+    yield at_most("peak memory of planning a load", max(load["peak_bytes"] for load in loads) / 1e9, 1, " GB")
+    yield at_most(
+        "stored of a plan", max(plan["plan_bytes"] / plan["fragments"] for plan in plans), 16, " B a fragment"
+    )
+    yield at_most("proof that fragments tile", max(plan["proof_s"] for plan in plans), 10, " s")
+    yield at_most("coordinator, steady save", max(steady) * 1e3, 1, " ms a rank")
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -64,6 +64,8 @@ class Job:
         known = {"digest": hashlib.sha256(text).hexdigest(), "plan": "" if save == 0 else self.plan, "full": save == 0}
         post = {"step": save, "busy": False, "claims": text.decode() if save == 0 else None, "samples": []} | known
         post["samples"] = [rank] * TENSORS if save == 0 else []
+        if rank == 0:
+            post["metrics"] = {}
         answer = self._exchange(ranks, save, 0, pack(post))
         self.plan = answer["plan"]
         written = self._write(save, answer["term"], rank)
