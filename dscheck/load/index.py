@@ -75,16 +75,20 @@ class HostIndex:
 
     def _meet(self, wire: Wire) -> None:
         """Find the ranks that all see each other."""
-        box = _open_mailbox()
-        addresses = wire.gather(b"" if box is None else box.address, self._deadline)
-        found = {rank: letters for rank, at in enumerate(addresses) if (letters := Letters.find(rank, at)) is not None}
-        mine = hashlib.sha256(repr(sorted(found)).encode()).digest()
-        seen = wire.gather(mine, self._deadline)
-        self._letters = {rank: letters for rank, letters in found.items() if seen[rank] == mine}
-        for rank in found.keys() - self._letters.keys():
-            found[rank].close()
-        self._box = box
-        if box is not None and len(self._letters) < 2:
+        self._box = _open_mailbox()
+        try:
+            addresses = wire.gather(b"" if self._box is None else self._box.address, self._deadline)
+            for rank, address in enumerate(addresses):
+                if (letters := Letters.find(rank, address)) is not None:
+                    self._letters[rank] = letters
+            mine = hashlib.sha256(repr(sorted(self._letters)).encode()).digest()
+            seen = wire.gather(mine, self._deadline)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        for rank in [rank for rank in self._letters if seen[rank] != mine]:
+            self._letters.pop(rank).close()
+        if self._box is not None and len(self._letters) < 2:
             self.__exit__(None, None, None)
             self._box, self._letters = None, {}
 

@@ -27,12 +27,14 @@ class Passing:
         self._sends: list[tuple[int, torch.Tensor]] = []
         self._offsets, round_bytes = _offsets(schedule)
         self._arena = None if on_device else open_arena(round_bytes)
-        addresses = wire.gather(b"" if self._arena is None else self._arena.address, deadline, on_device)
-        self._near = Neighbours(addresses, round_bytes, wire.rank)
-        seen = wire.gather(bytes(rank in self._near.ranks for rank in range(len(addresses))), deadline)
+        try:
+            addresses = wire.gather(b"" if self._arena is None else self._arena.address, deadline, on_device)
+            self._near = Neighbours(addresses, round_bytes, wire.rank)
+            seen = wire.gather(bytes(rank in self._near.ranks for rank in range(len(addresses))), deadline)
+        finally:
+            if self._arena is not None:
+                self._arena.hide()
         self._readers = frozenset(rank for rank, sees in enumerate(seen) if sees[wire.rank])
-        if self._arena is not None:
-            self._arena.hide()
 
     def offer(self, one: Shared, data: torch.Tensor) -> None:
         """`data` (bytes on the host) stays as it is until the next `exchange` is over."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from dscheck.load import index
 from dscheck.load.index import HostIndex
 from dscheck.load.loader import _unexpected_everywhere
 from dscheck.load.mail import NeighbourFailedError
+from dscheck.load.passing import Passing
 from dscheck.ranks.base import Ok, Ranks
 from dscheck.ranks.message import pack
 from dscheck.storage import MemoryStorage
@@ -69,6 +72,38 @@ def run_hosts(
             return act(member.rank, found)
 
     return run_ranks(ranks, run)
+
+
+def descriptors() -> set[str]:
+    """What this process has open in memory."""
+    folder = Path("/proc/self/fd")
+    return {name for name in os.listdir(folder) if "dscheck-" in _target(folder / name)}
+
+
+def _target(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:  # the folder's own
+        return ""
+
+
+@pytest.mark.parametrize("last", [1, 2])
+@pytest.mark.parametrize("meet", [HostIndex, Passing], ids=["index", "passing on"])
+def test_ranks_that_do_not_meet_leave_nothing_open(meet: Any, last: int) -> None:
+    class Lost:
+        rank, gathered = 0, 0
+
+        def gather(self, mine: bytes, deadline: float, on_device: bool = False) -> list[bytes]:
+            self.gathered += 1
+            if self.gathered == last:
+                raise RankFailureError("rank 1 is gone", ranks=(1,), phase="gather", messages=("gone",))
+            return [mine, b""]
+
+    before = descriptors()
+    arguments = (MemoryStorage(), Lost(), 0.0) if meet is HostIndex else (Lost(), [], False, 0.0)
+    with pytest.raises(RankFailureError, match="rank 1 is gone"):
+        meet(*arguments)
+    assert descriptors() == before
 
 
 @st.composite
