@@ -51,7 +51,7 @@ def show(
         _row(members, found, recipe.coordinate(members[0]), pace)
         for members, found in _forecasts(contents, recipe, tensors).items()
     ]
-    unsure, once = sorted(recipe.unsure), sum(row.nbytes for _, row in tensors)
+    unsure, once = sorted(recipe.unsure), _once(contents, tensors)
     if as_json:
         head = {"step": contents.record.step, "term": contents.record.term, "to": degrees, "ranks": recipe.ranks}
         rate = None if pace is None else asdict(pace)
@@ -101,6 +101,12 @@ def _chosen(contents: Contents, only: Sequence[str]) -> list[tuple[int, TensorRo
     if only and not rows:
         raise ConfigError(f"--only {', '.join(only)}: step {contents.record.step} has no tensor of these names")
     return rows
+
+
+def _once(contents: Contents, rows: Sequence[tuple[int, TensorRow]]) -> int:
+    """What all data files hold, or the share that these tensors have of it."""
+    chosen, every = sum(row.nbytes for _, row in rows), sum(row.nbytes for row in contents.plan.tensors)
+    return sum(file.size for file in contents.files) * chosen // max(1, every)
 
 
 def _forecasts(
