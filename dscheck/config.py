@@ -116,7 +116,8 @@ class Settings:
     is fastest by the rates of storage and codecs that the first saves show.
     piece_bytes: length of one capture copy.
     read_threads: concurrent reads of one rank at load.
-    read_memory_bytes: most host memory for reads under way at load, but enough for five, which take 34 MiB each.
+    read_memory_bytes: most host memory for reads under way at load, but enough for five: of up to 18 MiB, or of two
+    blocks and 10 MiB where these are more.
     host_memory_bytes: most host memory for captures that are not written yet; "auto": what this rank captures, once.
     device_memory_bytes: most device memory for what the host cannot take in time; "auto": what is free, less a reserve;
     0: none.

@@ -123,6 +123,26 @@ def test_a_small_budget_reads_the_same(tmp_path: Path) -> None:
     assert all(same_bits(live[name], saved[name]) for name in saved)
 
 
+def test_a_load_takes_no_more_memory_than_it_may(tmp_path: Path) -> None:
+    """Invariant C12: the state is not in memory twice, and as many threads as may be read within the budget."""
+    budget, slack = 64 << 20, 32 << 20
+    state = {f"w{number}": torch.full((24 << 20,), number, dtype=torch.uint8) for number in range(8)}
+    for root, saved in (("small", {"w": torch.ones(3)}), ("root", state)):
+        save(tmp_path / root, 1, [saved])
+    load(tmp_path / "small", [{"w": torch.zeros(3)}])  # what a first load imports
+    with Checkpointer(tmp_path / "root", state, rng=False, read_memory_bytes=budget, read_threads=64) as ckpt:
+        Path("/proc/self/clear_refs").write_text("5")  # the most from here on
+        before = memory_bytes("VmHWM")
+        ckpt.load(1)
+        taken = memory_bytes("VmHWM") - before
+    assert taken <= budget + slack < sum(tensor.nbytes for tensor in state.values())
+
+
+def memory_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+
 def test_open_local_has_the_errors_and_link_rules_of_read(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
     storage.put_if_absent("a.json", b"12345")
