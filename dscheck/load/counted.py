@@ -8,11 +8,10 @@ from dscheck.storage.base import Entry, ObjectWriter, Storage
 
 
 class Counted:
-    """A Storage that adds up in `nbytes` what is read of it, on one thread."""
+    """A Storage that adds up in `nbytes`, which begins as given, what is read of it, on one thread."""
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-        self.nbytes = 0
+    def __init__(self, storage: Storage, nbytes: int = 0) -> None:
+        self._storage, self.nbytes = storage, nbytes
 
     @property
     def url(self) -> str:

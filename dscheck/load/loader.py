@@ -166,7 +166,7 @@ class Loader:
                 assert upload is not None
                 upload(record.step)
                 self._deadline = time.monotonic() + self._settings.timeout_s
-            self._use(place.storage)
+            self._use(place.storage, self._index.nbytes)
             try:
                 return self._run(request, record, place.wire)
             except DscheckError as error:
@@ -189,8 +189,9 @@ class Loader:
         alone = [_Place(near, None)] if both.uploaded_first else []
         return [*alone, both, _Place(shared, self._wire)]
 
-    def _use(self, storage: Storage) -> None:
-        self._storage, self._index, self._next, self.vanished = storage, Counted(storage), None, False
+    def _use(self, storage: Storage, nbytes: int = 0) -> None:
+        """Read from this one, after `nbytes` of others."""
+        self._storage, self._index, self._next, self.vanished = storage, Counted(storage, nbytes), None, False
 
     def _goes_on(self, error: DscheckError) -> bool:
         """Whether all ranks try the next tier: one met damage or a fault of this one, and nothing else went wrong."""
