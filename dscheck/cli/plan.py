@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,7 +30,7 @@ def show(
     as_json: bool,
 ) -> None:
     """Print what the ranks would read, those alike together. Raises ConfigError for a layout that it cannot read."""
-    if gb_per_s is not None and gb_per_s <= 0:
+    if gb_per_s is not None and not 0 < gb_per_s < math.inf:
         raise ConfigError(f"--gb-per-s {gb_per_s}: expected a rate above 0")
     degrees, overrides = parse_degrees(to), [Override.parse(cut) for cut in cuts]
     contents = open_step(root, step)

@@ -247,10 +247,10 @@ class Loader:
             phase_s=self._phase_s,
         )
 
-    def refuse(self, phase: str, error: Exception) -> None:
+    def refuse(self, phase: str, error: BaseException) -> None:
         """Let no rank wait for this one in that round: it fails for all."""
         with contextlib.suppress(DscheckError):
-            self._exchange(phase, Failed(f"{type(error).__name__}: {error}"), _nothing)
+            self._exchange(phase, Failed(_reason(error)), _nothing)
 
     def _choose(self, request: Request, posts: Sequence[bytes]) -> bytes:
         requests = [unpack(post)["request"] for post in posts]
@@ -321,7 +321,7 @@ class Loader:
             # Not of this rank: the agreement tells all what that one says of itself, or that it is absent.
             self._exchange("prepared", Ok(pack(None)), _unexpected_everywhere)
             raise
-        except Exception as error:
+        except BaseException as error:
             self._fail("prepared", error)
 
     def _prepare(self, request: Request, record: Record, wire: Wire | None) -> _Prepared:
@@ -356,13 +356,13 @@ class Loader:
         return filling
 
     def _act(self, act: Callable[[], T]) -> T:
-        """This rank's part before the next agreement; its failure ends that agreement for all."""
+        """This rank's part before the next agreement; its failure, or Ctrl-C, ends that agreement for all."""
         try:
             return act()
-        except Exception as error:
+        except BaseException as error:
             self._fail(self._next, error)
 
-    def _fail(self, phase: str | None, error: Exception) -> NoReturn:
+    def _fail(self, phase: str | None, error: BaseException) -> NoReturn:
         """Raise what ends this rank's load, in the round of `phase` for all ranks, if there is one."""
         known = self._explained(error)
         if phase is not None:
@@ -371,7 +371,7 @@ class Loader:
             raise error
         raise known from error
 
-    def _explained(self, error: Exception) -> Exception:
+    def _explained(self, error: BaseException) -> BaseException:
         """What failed because the step is not there any more says so."""
         if self._loading is None or not isinstance(error, CheckpointNotFoundError | StorageError):
             return error
@@ -401,6 +401,12 @@ class Loader:
             # The answer of a round is one for all ranks, the one that failed included.
             self.vanished = any(text.startswith(f"{StepVanishedError.__name__}: ") for text in error.fields["messages"])
             raise
+        except (KeyboardInterrupt, SystemExit) as interrupt:
+            # It may have arrived: what it leaves is this round, if that has not ended, and the others would wait in
+            # the next one.
+            with contextlib.suppress(DscheckError):
+                self._ranks.exchange(name, Failed(_reason(interrupt)), decide, deadline=self._deadline, phase=said)
+            raise
 
 
 def _sums(posts: Sequence[bytes]) -> bytes:
@@ -427,6 +433,10 @@ def _unexpected_everywhere(posts: Sequence[bytes]) -> bytes:
 def _some(names: Sequence[str]) -> str:
     listed = ", ".join(f"'{name}'" for name in names[:LISTED])
     return listed + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _nothing(posts: Sequence[bytes]) -> bytes:

@@ -212,7 +212,14 @@ def test_plan_names_what_its_rule_does_not_place(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--to", "tp"], ["--to", "tp=2", "--cut", "x"], ["--to", "tp=2", "--only", "y"], []]
+    "arguments",
+    [
+        ["--to", "tp"],
+        ["--to", "tp=2", "--cut", "x"],
+        ["--to", "tp=2", "--only", "y"],
+        ["--to", "tp=2", "--gb-per-s", "nan"],
+        [],
+    ],
 )
 def test_plan_refuses_what_it_cannot_read(root: Path, arguments: list[str]) -> None:
     found = dscheck("plan", str(root), *arguments)

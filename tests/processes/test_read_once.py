@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from dscheck import Checkpointer
 from dscheck.errors import CorruptCheckpointError, RankFailureError
-from dscheck.load import memory, share
+from dscheck.load import memory, passing, share
 from dscheck.storage import LocalStorage
 from dscheck.testing import Faulty
 from tests.processes.pool import Job
@@ -178,6 +180,50 @@ def test_nobody_waits_in_the_group_beyond_the_deadline(root: Path, tmp_path: Pat
         name, message = ended[rank].value
         assert name == "DeadlineError"
         assert "over the process group until the deadline" in message
+
+
+def interrupted(rank: int, root: str, where: str) -> Any:
+    """Ctrl-C at rank 1 alone, when it comes to a round, or in the middle of waiting there."""
+    many_rounds(rank, a_host=8)
+    with Checkpointer(root, {"w": weights(1000 + rank)}, timeout_s=60.0, rng=False) as ckpt:
+        exchange = ckpt._ranks.exchange
+
+        def struck(round: str, *args: Any, **kwargs: Any) -> bytes:
+            if rank == 1 and round.endswith(where):
+                ckpt._ranks.exchange = exchange  # type: ignore[method-assign]
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            elif rank == 2 and round.endswith(where):
+                time.sleep(1.0)
+            return exchange(round, *args, **kwargs)
+
+        ckpt._ranks.exchange = struck  # type: ignore[method-assign]
+        if where == "place" and rank == 1:
+            passing.Passing.offer = strike  # type: ignore[method-assign]
+        began = time.monotonic()
+        try:
+            ckpt.load()
+        except (KeyboardInterrupt, RankFailureError) as error:
+            return error, time.monotonic() - began
+    return None
+
+
+def strike(*args: Any) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+
+
+@pytest.mark.parametrize("where", ["decide", "prepared", "place", "pass-1", "done"])
+def test_a_rank_that_is_interrupted_ends_the_load_on_all(root: Path, where: str, tmp_path: Path) -> None:
+    """At once and by its name, and not at their deadline."""
+    found = Job(tmp_path / "job", 4, interrupted, str(root), where).results()
+    for rank, (error, seconds) in enumerate(found):
+        assert seconds < 20
+        if rank == 1:
+            assert isinstance(error, KeyboardInterrupt)
+        else:
+            assert isinstance(error, RankFailureError)
+            assert error.ranks == (1,)  # type: ignore[attr-defined]
+            assert "KeyboardInterrupt" in str(error)
 
 
 def killed(rank: int, root: str, agreed: bool) -> Any:
