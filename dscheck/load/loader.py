@@ -22,6 +22,7 @@ from dscheck.errors import (
     CheckpointNotFoundError,
     ConfigError,
     CorruptCheckpointError,
+    DeadlineError,
     DscheckError,
     RankFailureError,
     StateMismatchError,
@@ -247,10 +248,13 @@ class Loader:
             phase_s=self._phase_s,
         )
 
-    def refuse(self, phase: str, error: BaseException) -> None:
-        """Let no rank wait for this one in that round: it fails for all."""
-        with contextlib.suppress(DscheckError):
+    def refuse(self, phase: str, error: BaseException) -> DscheckError | None:
+        """Let no rank wait for this one in that round: it fails for all. What the round says of itself."""
+        try:
             self._exchange(phase, Failed(_reason(error)), _nothing)
+        except DscheckError as answer:
+            return answer
+        return None
 
     def _choose(self, request: Request, posts: Sequence[bytes]) -> bytes:
         requests = [unpack(post)["request"] for post in posts]
@@ -366,10 +370,16 @@ class Loader:
         """Raise what ends this rank's load, in the round of `phase` for all ranks, if there is one."""
         known = self._explained(error)
         if phase is not None:
-            self.refuse(phase, known)
+            answer = self.refuse(phase, known)
+            if isinstance(known, DeadlineError) and isinstance(answer, DeadlineError) and self._absolves(answer):
+                raise answer from known
         if known is error:
             raise error
         raise known from error
+
+    def _absolves(self, answer: DeadlineError) -> bool:
+        """Whether other ranks took the time that this one had."""
+        return self._ranks.rank not in answer.fields["ranks"]
 
     def _explained(self, error: BaseException) -> BaseException:
         """What failed because the step is not there any more says so."""
@@ -402,8 +412,7 @@ class Loader:
             self.vanished = any(text.startswith(f"{StepVanishedError.__name__}: ") for text in error.fields["messages"])
             raise
         except (KeyboardInterrupt, SystemExit) as interrupt:
-            # It may have arrived: what it leaves is this round, if that has not ended, and the others would wait in
-            # the next one.
+            # This rank may have arrived already: unless the round fails, the others wait for it in the next one.
             with contextlib.suppress(DscheckError):
                 self._ranks.exchange(name, Failed(_reason(interrupt)), decide, deadline=self._deadline, phase=said)
             raise
