@@ -23,6 +23,9 @@ SECOND = ("o_proj", "down_proj", "out_proj", "c_proj", "dense_4h_to_h", "linear_
 
 NO = -1
 
+MOST_RANKS = 1_000_000
+"""Of a layout: no machine has more, and each rank is looked at."""
+
 
 @dataclass(frozen=True, slots=True)
 class Override:
@@ -35,7 +38,7 @@ class Override:
     @classmethod
     def parse(cls, text: str) -> Override:
         """`REGEX:AXIS=NUMBER` or `REGEX:AXIS=no`. Raises ConfigError."""
-        found = re.fullmatch(rf"(.+):({'|'.join(AXES)})=(no|\d+)", text)
+        found = re.fullmatch(rf"(.+):({'|'.join(AXES)})=(no|\d{{1,9}})", text)
         try:
             if found is not None and found[2] != "dp":
                 return cls(re.compile(found[1]), found[2], NO if found[3] == "no" else int(found[3]))
@@ -46,15 +49,25 @@ class Override:
 
 def parse_degrees(text: str) -> dict[str, int]:
     """`tp=4,pp=2,dp=8` as the degree of each axis, 1 where it is not named. Raises ConfigError."""
-    degrees = dict.fromkeys(AXES, 1)
+    named: dict[str, int] = {}
     for part in text.split(","):
         found = re.fullmatch(rf"\s*({'|'.join(AXES)})=([1-9][0-9]*)\s*", part)
         if found is None:
             raise ConfigError(
                 f"--to {text!r}: expected AXIS=DEGREE, with commas between, AXIS one of {', '.join(AXES)}"
             )
-        degrees[found[1]] = int(found[2])
-    return degrees
+        if found[1] in named:
+            raise ConfigError(f"--to {text!r}: {found[1]} is named twice")
+        if len(found[2]) > len(str(MOST_RANKS)):  # Python refuses to read a number of thousands of digits
+            raise _too_many(text)
+        named[found[1]] = int(found[2])
+    if math.prod(named.values()) > MOST_RANKS:
+        raise _too_many(text)
+    return dict.fromkeys(AXES, 1) | named
+
+
+def _too_many(text: str) -> ConfigError:
+    return ConfigError(f"--to {text!r}: expected at most {MOST_RANKS} ranks together")
 
 
 @dataclass(slots=True)

@@ -22,6 +22,7 @@ from dscheck.errors import (
     CheckpointNotFoundError,
     ConfigError,
     CorruptCheckpointError,
+    DeadlineError,
     DscheckError,
     RankFailureError,
     StateMismatchError,
@@ -248,10 +249,13 @@ class Loader:
             phase_s=self._phase_s,
         )
 
-    def refuse(self, phase: str, error: Exception) -> None:
-        """Let no rank wait for this one in that round: it fails for all."""
-        with contextlib.suppress(DscheckError):
-            self._exchange(phase, Failed(f"{type(error).__name__}: {error}"), _nothing)
+    def refuse(self, phase: str, error: BaseException) -> DscheckError | None:
+        """Let no rank wait for this one in that round: it fails for all. What the round says of itself."""
+        try:
+            self._exchange(phase, Failed(_reason(error)), _nothing)
+        except DscheckError as answer:
+            return answer
+        return None
 
     def _choose(self, request: Request, posts: Sequence[bytes]) -> bytes:
         requests = [unpack(post)["request"] for post in posts]
@@ -322,7 +326,7 @@ class Loader:
             # Not of this rank: the agreement tells all what that one says of itself, or that it is absent.
             self._exchange("prepared", Ok(pack(None)), _unexpected_everywhere)
             raise
-        except Exception as error:
+        except BaseException as error:
             self._fail("prepared", error)
 
     def _prepare(self, request: Request, record: Record, wire: Wire | None) -> _Prepared:
@@ -357,22 +361,28 @@ class Loader:
         return filling
 
     def _act(self, act: Callable[[], T]) -> T:
-        """This rank's part before the next agreement; its failure ends that agreement for all."""
+        """This rank's part before the next agreement; its failure, or Ctrl-C, ends that agreement for all."""
         try:
             return act()
-        except Exception as error:
+        except BaseException as error:
             self._fail(self._next, error)
 
-    def _fail(self, phase: str | None, error: Exception) -> NoReturn:
+    def _fail(self, phase: str | None, error: BaseException) -> NoReturn:
         """Raise what ends this rank's load, in the round of `phase` for all ranks, if there is one."""
         known = self._explained(error)
         if phase is not None:
-            self.refuse(phase, known)
+            answer = self.refuse(phase, known)
+            if isinstance(known, DeadlineError) and isinstance(answer, DeadlineError) and self._absolves(answer):
+                raise answer from known
         if known is error:
             raise error
         raise known from error
 
-    def _explained(self, error: Exception) -> Exception:
+    def _absolves(self, answer: DeadlineError) -> bool:
+        """Whether other ranks took the time that this one had."""
+        return self._ranks.rank not in answer.fields["ranks"]
+
+    def _explained(self, error: BaseException) -> BaseException:
         """What failed because the step is not there any more says so."""
         if self._loading is None or not isinstance(error, CheckpointNotFoundError | StorageError):
             return error
@@ -402,6 +412,11 @@ class Loader:
             # The answer of a round is one for all ranks, the one that failed included.
             self.vanished = any(text.startswith(f"{StepVanishedError.__name__}: ") for text in error.fields["messages"])
             raise
+        except (KeyboardInterrupt, SystemExit) as interrupt:
+            # This rank may have arrived already: unless the round fails, the others wait for it in the next one.
+            with contextlib.suppress(DscheckError):
+                self._ranks.exchange(name, Failed(_reason(interrupt)), decide, deadline=self._deadline, phase=said)
+            raise
 
 
 def _sums(posts: Sequence[bytes]) -> bytes:
@@ -428,6 +443,10 @@ def _unexpected_everywhere(posts: Sequence[bytes]) -> bytes:
 def _some(names: Sequence[str]) -> str:
     listed = ", ".join(f"'{name}'" for name in names[:LISTED])
     return listed + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _nothing(posts: Sequence[bytes]) -> bytes:

@@ -108,13 +108,24 @@ def test_patterns_replace_the_rule() -> None:
     assert held("pp=2", "model.layers.1.mlp.w2", r"w2:pp=no") == [["[0:9, 0:7]"]] * 2
 
 
-@pytest.mark.parametrize("text", ["", "tp", "tp=0", "tp=-1", "zp=2", "tp=2;pp=2", "tp=2,,pp=2"])
+HUGE = "9" * 5000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "tp", "tp=0", "tp=-1", "zp=2", "tp=2;pp=2", "tp=2,,pp=2", "tp=4,tp=2", "tp=1000001", "dp=2000,fsdp=2000"],
+)
 def test_a_layout_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--to"):
         parse_degrees(text)
 
 
-@pytest.mark.parametrize("text", ["", "w2", "w2:tp", "w2:tp=-1", "w2:dp=1", "(:tp=1", ":tp=1"])
+def test_a_degree_of_thousands_of_digits_is_refused() -> None:
+    with pytest.raises(ConfigError, match="at most 1000000 ranks"):
+        parse_degrees(f"dp={HUGE}")
+
+
+@pytest.mark.parametrize("text", ["", "w2", "w2:tp", "w2:tp=-1", "w2:dp=1", "(:tp=1", ":tp=1", f"w2:tp={HUGE}"])
 def test_a_pattern_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--cut"):
         Override.parse(text)

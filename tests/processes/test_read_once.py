@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from dscheck import Checkpointer
-from dscheck.errors import CorruptCheckpointError, RankFailureError
-from dscheck.load import memory, share
+from dscheck.errors import CorruptCheckpointError, DeadlineError, RankFailureError
+from dscheck.load import memory, passing, share
 from dscheck.storage import LocalStorage
 from dscheck.testing import Faulty
-from tests.processes.pool import Job
+from tests.processes.pool import Job, note
 from tests.processes.roots import newest
 
 LARGE, SMALL = (1500, 1024), 40
@@ -91,6 +94,30 @@ def test_eight_replicas_read_what_they_want_once(root: Path, wrapped: bool, a_ho
         assert sum(asked for asked, _ in found) <= 1.05 * wanted
         for asked, report in found:
             assert 0 <= report.bytes_read - asked < 5000, "objects read whole are logged without their size"
+
+
+def without_memory(rank: int, root: str) -> Any:
+    """One rank of a host gets no memory that it could share."""
+    many_rounds(rank, a_host=8)
+    if rank == 1:
+        os.memfd_create = refuse
+    live = weights(1000 + rank)
+    with Checkpointer(root, {"w": live}, timeout_s=60.0, rng=False) as ckpt:
+        assert ckpt.load() == 1
+        report = ckpt.loaded
+    expected = weights(1)
+    assert all(torch.equal(live[name], expected[name]) for name in expected)
+    return report
+
+
+def refuse(*args: Any) -> int:
+    raise OSError(errno.ENOSPC, "no memory")
+
+
+def test_a_rank_without_memory_to_share_passes_on_over_the_group(root: Path, tmp_path: Path) -> None:
+    found = Job(tmp_path / "job", 3, without_memory, str(root)).results()
+    wanted = sum(tensor.nbytes for tensor in weights(1).values())
+    assert found[0].bytes_read_by_all <= 1.05 * wanted
 
 
 def columns(rank: int, root: str) -> Any:
@@ -178,6 +205,84 @@ def test_nobody_waits_in_the_group_beyond_the_deadline(root: Path, tmp_path: Pat
         name, message = ended[rank].value
         assert name == "DeadlineError"
         assert "over the process group until the deadline" in message
+
+
+def interrupted(rank: int, root: str, where: str) -> Any:
+    """Ctrl-C at rank 1 alone, when it comes to a round, or in the middle of waiting there."""
+    many_rounds(rank, a_host=8)
+    with Checkpointer(root, {"w": weights(1000 + rank)}, timeout_s=60.0, rng=False) as ckpt:
+        exchange = ckpt._ranks.exchange
+
+        def struck(round: str, *args: Any, **kwargs: Any) -> bytes:
+            if rank == 1 and round.endswith(where):
+                ckpt._ranks.exchange = exchange  # type: ignore[method-assign]
+                threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+            elif rank == 2 and round.endswith(where):
+                time.sleep(1.0)
+            return exchange(round, *args, **kwargs)
+
+        ckpt._ranks.exchange = struck  # type: ignore[method-assign]
+        if where == "place" and rank == 1:
+            passing.Passing.offer = strike  # type: ignore[method-assign]
+        began = time.monotonic()
+        try:
+            ckpt.load()
+        except (KeyboardInterrupt, RankFailureError) as error:
+            return error, time.monotonic() - began
+    return None
+
+
+def strike(*args: Any) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.1)
+
+
+@pytest.mark.parametrize("where", ["decide", "prepared", "place", "pass-1", "done"])
+def test_a_rank_that_is_interrupted_ends_the_load_on_all(root: Path, where: str, tmp_path: Path) -> None:
+    """At once and by its name, and not at their deadline."""
+    found = Job(tmp_path / "job", 4, interrupted, str(root), where).results()
+    for rank, (error, seconds) in enumerate(found):
+        assert seconds < 20
+        if rank == 1:
+            assert isinstance(error, KeyboardInterrupt)
+        else:
+            assert isinstance(error, RankFailureError)
+            assert error.ranks == (1,)  # type: ignore[attr-defined]
+            assert "KeyboardInterrupt" in str(error)
+
+
+def stopped(rank: int, root: str) -> Any:
+    """Rank 0, with the store, stops where the ranks have agreed on who reads what."""
+    many_rounds(rank, a_host=1)
+    with Checkpointer(root, {"w": weights(1000 + rank)}, timeout_s=4.0, rng=False) as ckpt:
+        exchange = ckpt._ranks.exchange
+
+        def stopping(round: str, *args: Any, **kwargs: Any) -> bytes:
+            answer = exchange(round, *args, **kwargs)
+            if rank == 0 and round.endswith("shared"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return answer
+
+        ckpt._ranks.exchange = stopping  # type: ignore[method-assign]
+        try:
+            ckpt.load()
+        except DeadlineError as error:
+            note("ended")
+            return error
+    return None
+
+
+def test_a_store_that_stops_in_a_load_is_named_and_not_the_storage(root: Path, tmp_path: Path) -> None:
+    """The others take their time to acknowledge the round, and then have none left for their reads."""
+    job = Job(tmp_path / "job", 3, stopped, str(root))
+    for rank in (1, 2):
+        job.wait_for(rank, "ended")
+    job.kill(0)
+    ended = job.join()
+    for rank in (1, 2):
+        error = ended[rank].value
+        assert isinstance(error, DeadlineError)
+        assert error.ranks == (0,)  # type: ignore[attr-defined]
 
 
 def killed(rank: int, root: str, agreed: bool) -> Any:
