@@ -12,6 +12,9 @@ from dscheck.manifest.blocks import Codec
 TRIES = 2
 """The faster one counts: the first touches memory."""
 
+FINE = 1e-3
+"""Choices whose time on the link differs by less, of that without codecs, are not told apart: it bounds them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rate:
@@ -53,18 +56,29 @@ def seconds(groups: Mapping[Hashable, Group], choice: Mapping[Hashable, Codec], 
 
 
 def fastest(groups: Mapping[Hashable, Group], link: float) -> dict[Hashable, Codec]:
-    """A codec for each group that has one; the change that saves most comes first, until none saves anything.
+    """A codec for each group that is to have one: together the fastest save, to FINE of one without codecs a group.
 
     >>> slow = {"weights": Group(1000, {Codec.ZSTD: Rate(100.0, 0.5)})}
     >>> fastest(slow, link=10.0), fastest(slow, link=1000.0)
     ({'weights': <Codec.ZSTD: 1>}, {})
     """
-    choice: dict[Hashable, Codec] = {}
-    best = seconds(groups, choice, link)
-    while True:
-        changes = [{**choice, key: codec} for key, group in groups.items() for codec in group.rates]
-        change = min(changes, key=lambda change: seconds(groups, change, link), default=choice)
-        found = seconds(groups, change, link)
-        if found >= best:
-            return choice
-        choice, best = change, found
+    raw = seconds(groups, {}, link)
+    # Of what is known so far: seconds of computing, rising, and of the link, falling.
+    front: list[tuple[float, float, dict[Hashable, Codec]]] = [(0.0, 0.0, {})]
+    for key, group in groups.items():
+        grown = [(computing, linking + group.nbytes / link, choice) for computing, linking, choice in front]
+        grown += [
+            (
+                computing + group.nbytes / rate.bytes_per_s,
+                linking + group.nbytes * rate.stored / link,
+                choice | {key: codec},
+            )
+            for codec, rate in group.rates.items()
+            for computing, linking, choice in front
+        ]
+        front = []
+        for one in sorted(grown, key=lambda one: one[:2]):
+            if not front or one[1] < front[-1][1] - FINE * raw:
+                front.append(one)
+    best = min(front, key=lambda one: max(one[:2]))
+    return best[2] if max(best[:2]) < raw else {}

@@ -112,12 +112,12 @@ class CopyPlan:
         progress = _Progress(how, f"{self._destination.url}: step {ref.step}")
         blocks = stored_blocks(contents, range(len(contents.files)))
         jobs = [
-            partial(copy_file, contents, row.rank, blocks[row.rank], self._destination, progress.check, progress.moved)
+            partial(copy_file, contents, row.rank, blocks[row.rank], self._destination, progress.moved)
             for row in contents.files
         ]
         side_by_side(jobs, how.threads, progress.check, "dscheck-copy")
         progress.moved(0)
-        side_by_side([partial(finish, contents, self._destination)], 1, progress.check, "dscheck-copy")
+        side_by_side([lambda _: finish(contents, self._destination)], 1, progress.check, "dscheck-copy")
         return StepCopy(ref.step, ref.term, "copied", found.nbytes, found.missing_bytes)
 
 

@@ -12,7 +12,7 @@ from dscheck.commit.parts import Direct, Part
 from dscheck.commit.publish import check_files, put_files, put_same
 from dscheck.commit.stored import proved
 from dscheck.commit.term import assert_condition, assert_honest, read_term
-from dscheck.commit.workers import ahead
+from dscheck.commit.workers import Stop, ahead
 from dscheck.errors import CorruptCheckpointError, StorageError, SupersededError
 from dscheck.manifest.keys import files_key, record_key, term_key
 from dscheck.manifest.record import Record, Tombstone, decode_record, decode_term
@@ -50,8 +50,8 @@ def copy_file(
     rank: int,
     blocks: FileBlocks,
     destination: Storage,
-    stop: Callable[[], None],
     advance: Callable[[int], None],
+    stop: Stop,
 ) -> None:
     """The data file of one saved rank is at `destination`, whole and durable; every byte was proved on the way.
 

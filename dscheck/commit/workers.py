@@ -5,26 +5,44 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
 
+Stop = Callable[[], None]
+"""Called again and again by work that takes long; it raises when that is to end."""
+
 POLL_S = 0.2
 
+LEAVE_S = 5.0
+"""How long to wait for threads that were told to end. One that comes back from native code while the interpreter ends
+would end the process by an abort.
+"""
 
-def side_by_side(jobs: Iterable[Callable[[], None]], threads: int, stop: Callable[[], None], name: str) -> None:
+
+class _LeftError(Exception):
+    """Nobody waits for this work any more."""
+
+
+def side_by_side(jobs: Iterable[Callable[[Stop], None]], threads: int, stop: Stop, name: str) -> None:
     """All of `jobs` have returned. The first error of one is raised, or what `stop` raises, which is called meanwhile.
 
-    Then no further job begins; those that run are left behind and should look at `stop` themselves.
+    Then no further job begins; what those that run are given raises. One that hangs is left behind.
     """
-    waiting: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[Callable[[Stop], None]] = queue.SimpleQueue()
     ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
     gone = threading.Event()
     count = 0
     for job in jobs:
         waiting.put(job)
         count += 1
+
+    def stop_or_left() -> None:
+        if gone.is_set():
+            raise _LeftError
+        stop()
 
     def work() -> None:
         while not gone.is_set():
@@ -33,14 +51,13 @@ def side_by_side(jobs: Iterable[Callable[[], None]], threads: int, stop: Callabl
             except queue.Empty:
                 return
             try:
-                job()
+                job(stop_or_left)
             except BaseException as error:
                 ended.put(error)
             else:
                 ended.put(None)
 
-    for number in range(min(threads, count)):
-        threading.Thread(target=work, name=f"{name}-{number}", daemon=True).start()
+    workers = [_started(work, f"{name}-{number}") for number in range(min(threads, count))]
     try:
         for _ in range(count):
             error = _next(ended, stop)
@@ -48,6 +65,7 @@ def side_by_side(jobs: Iterable[Callable[[], None]], threads: int, stop: Callabl
                 raise error
     finally:
         gone.set()
+        _leave(workers)
 
 
 def ahead(items: Iterator[T], name: str) -> Iterator[T]:
@@ -72,7 +90,7 @@ def ahead(items: Iterator[T], name: str) -> Iterator[T]:
         else:
             put(None, StopIteration())
 
-    threading.Thread(target=work, name=name, daemon=True).start()
+    worker = _started(work, name)
     try:
         while True:
             item, error = made.get()
@@ -84,9 +102,22 @@ def ahead(items: Iterator[T], name: str) -> Iterator[T]:
             yield item
     finally:
         gone.set()
+        _leave([worker])
 
 
-def _next(ended: queue.SimpleQueue[BaseException | None], stop: Callable[[], None]) -> BaseException | None:
+def _started(work: Callable[[], None], name: str) -> threading.Thread:
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _leave(workers: Iterable[threading.Thread]) -> None:
+    until = time.monotonic() + LEAVE_S
+    for worker in workers:
+        worker.join(max(0.0, until - time.monotonic()))
+
+
+def _next(ended: queue.SimpleQueue[BaseException | None], stop: Stop) -> BaseException | None:
     while True:
         stop()
         try:

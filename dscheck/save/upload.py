@@ -244,9 +244,7 @@ class Uploads:
 
     def _copy(self, contents: Contents, files: Sequence[int], moved: list[int]) -> None:
         blocks = self._aside(lambda: stored_blocks(contents, files))
-        jobs = [
-            partial(copy_file, contents, rank, blocks[rank], self._shared, self._check, moved.append) for rank in files
-        ]
+        jobs = [partial(copy_file, contents, rank, blocks[rank], self._shared, moved.append) for rank in files]
         side_by_side(jobs, self._settings.io_threads, self._check, "dscheck-upload-file")
 
     def _done(self, posts: Sequence[bytes], record: Record) -> bytes:
@@ -261,7 +259,7 @@ class Uploads:
     def _aside(self, job: Callable[[], T]) -> T:
         """What `job` returns, by the deadline: it calls a storage, which may hang."""
         found: list[T] = []
-        side_by_side([lambda: found.append(job())], 1, self._check, "dscheck-upload-aside")
+        side_by_side([lambda _: found.append(job())], 1, self._check, "dscheck-upload-aside")
         return found[0]
 
     def _check(self) -> None:
