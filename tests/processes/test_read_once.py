@@ -209,6 +209,7 @@ def test_nobody_waits_in_the_group_beyond_the_deadline(root: Path, tmp_path: Pat
 
 def interrupted(rank: int, root: str, where: str) -> Any:
     """Ctrl-C at rank 1 alone, when it comes to a round, or in the middle of waiting there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background without it
     many_rounds(rank, a_host=8)
     with Checkpointer(root, {"w": weights(1000 + rank)}, timeout_s=60.0, rng=False) as ckpt:
         exchange = ckpt._ranks.exchange
