@@ -106,17 +106,19 @@ struct FenceTiming {
 // The part of a capture that lies on one device.
 struct OnDevice {
   std::int32_t device;
-  std::vector<std::uint32_t> order;  // of pieces as the samples' table has them: by owner
-  std::vector<std::int32_t> owners;  // one entry a run of `order`
-  std::vector<std::uint32_t> runs;   // where each run begins, and the end
-  std::vector<bool> sealed;          // a run whose second sample is enqueued
-  std::size_t table = 0;             // index of the first entry of `order` in the capture's tables
-  std::uint32_t left = 0;            // pieces not copied yet
-  std::uint32_t direct_cursor = 0;   // no pending piece of live memory before it
-  std::uint32_t spilled_cursor = 0;  // no pending spilled piece before it
-  cuda::Event began = nullptr;       // on the training stream, at save()
-  cuda::Event spilled = nullptr;     // on the spill stream, or null
-  cuda::Event ended = nullptr;       // behind the last copy and sample, once all is enqueued
+  std::vector<std::uint32_t> order;    // of pieces as the samples' table has them: by owner
+  std::vector<std::int32_t> owners;    // one entry a run of `order`
+  std::vector<std::uint32_t> runs;     // where each run begins, and the end
+  std::vector<bool> sealed;            // a run whose second sample is enqueued
+  std::size_t table = 0;               // index of the first entry of `order` in the capture's tables
+  std::uint32_t left = 0;              // pieces not copied yet
+  std::uint32_t direct_cursor = 0;     // no pending piece of live memory before it
+  std::uint32_t spilled_cursor = 0;    // no pending spilled piece before it
+  cuda::Event began = nullptr;         // on the training stream, at save()
+  cuda::Event spilled = nullptr;       // on the spill stream, or null
+  cuda::Event sealed_aside = nullptr;  // behind the last samples on the spill stream, or null
+  cuda::Event ended = nullptr;         // behind the last copy and sample, once all is enqueued
+  bool has_begun = false;              // the device, or the copy stream, is known to be past `began`
   bool urgent = false;
   bool proved = false;
   std::uint64_t pace_bytes = 0;  // what is copied straight from live memory

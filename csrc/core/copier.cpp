@@ -230,8 +230,6 @@ void Copier::begin_on(Capture& capture, OnDevice& on, const Live& live, cuda::St
   }
   on.began = at.event();
   at.driver.check(at.driver.cuEventRecord(on.began, stream), "cuEventRecord");
-  at.driver.check(at.driver.cuStreamWaitEvent(at.copy, on.began, 0), "cuStreamWaitEvent");
-  at.driver.check(at.driver.cuStreamWaitEvent(at.aside, on.began, 0), "cuStreamWaitEvent");
 }
 
 void Copier::begin_on_host(Capture& capture, const Live& live) {
@@ -316,6 +314,7 @@ void Copier::launch_spill(Capture& capture, OnDevice& on, std::size_t first) {
   if (count == 0) return;
   Lane& at = lane(on.device);
   const Entry* const tables = reinterpret_cast<const Entry*>(capture.slab.data + capture.shape->tables_at);
+  at.driver.check(at.driver.cuStreamWaitEvent(at.aside, on.began, 0), "cuStreamWaitEvent");
   // One kernel for all: hundreds of copies would cost the training thread some microseconds each.
   at.launch(at.gather, static_cast<unsigned>(count), kSpillRows, 256, at.aside, tables + first, nullptr);
   if (on.spilled == nullptr) on.spilled = at.event();
@@ -421,6 +420,7 @@ void Copier::hold_back(Capture& capture, std::int32_t owner, const Streams& stre
       cuda::Event end = at.event();
       at.driver.check(at.driver.cuEventRecord(end, last), "cuEventRecord");
       at.driver.check(at.driver.cuStreamWaitEvent(stream, end, 0), "cuStreamWaitEvent");
+      if (aside) std::swap(on.sealed_aside, end);
       at.recycle(end);
     }
     at.driver.check(at.driver.cuEventRecord(timing.after, stream), "cuEventRecord");
@@ -770,6 +770,7 @@ void Copier::forget(Capture& capture) {
     if (!fenced && capture.captured_s != 0) at.window_s = std::max(at.window_s, window_s);
     at.recycle(on.began);
     at.recycle(on.spilled);
+    at.recycle(on.sealed_aside);
     at.recycle(on.ended);
   }
   slabs_.push_back(capture.slab);

@@ -51,6 +51,11 @@ void Lane::end() noexcept {
   if (thread.joinable()) thread.join();
   try {
     const cuda::InContext current(driver, context);
+    for (const std::shared_ptr<Capture>& capture : copier.captures_) {
+      for (const OnDevice& on : capture->devices) {  // samples and small tensors, which come on the training stream
+        if (on.device == device && on.began != nullptr) driver.cuStreamWaitEvent(copy, on.began, 0);
+      }
+    }
     driver.cuStreamSynchronize(copy);
     driver.cuStreamSynchronize(aside);
   } catch (const cuda::Error&) {  // the process ends
@@ -92,8 +97,9 @@ void Lane::launch(cuda::Function function, unsigned blocks, unsigned rows, unsig
 
 void Lane::enqueue(const std::shared_ptr<Capture>& capture, OnDevice& on, std::uint32_t index) {
   Piece& piece = capture->pieces[index];
-  if (piece.spilled && on.spilled != nullptr) {
-    driver.check(driver.cuStreamWaitEvent(copy, on.spilled, 0), "cuStreamWaitEvent");
+  if (!piece.spilled && !on.has_begun) {
+    driver.check(driver.cuStreamWaitEvent(copy, on.began, 0), "cuStreamWaitEvent");
+    on.has_begun = true;
   }
   piece.began_s = now_s();
   piece.state = State::kUnderWay;
@@ -156,10 +162,12 @@ void Lane::retire() {
 // All pieces of the capture have left this device: the second samples of whatever no fence has sealed, and the proof.
 void Lane::finish(Capture& capture, OnDevice& on) {
   if (on.ended == nullptr) {
+    if (!is_due(on, false)) return;
     copier.seal(capture, on, kFrozen, copy);
+    if (on.sealed_aside != nullptr) {
+      driver.check(driver.cuStreamWaitEvent(copy, on.sealed_aside, 0), "cuStreamWaitEvent");
+    }
     on.ended = event();
-    driver.check(driver.cuEventRecord(on.ended, aside), "cuEventRecord");
-    driver.check(driver.cuStreamWaitEvent(copy, on.ended, 0), "cuStreamWaitEvent");
     driver.check(driver.cuEventRecord(on.ended, copy), "cuEventRecord");
     return;
   }
@@ -182,8 +190,16 @@ bool Lane::advance_finished() {
   return waiting;
 }
 
-// What to copy next: live memory before what was spilled, which can wait; the oldest capture first.
-std::optional<std::pair<std::shared_ptr<Capture>, std::uint32_t>> Lane::next() {
+// Whether what is copied now waits for nothing on the device. Else it would hold up what is due behind it: when the CPU
+// runs ahead, the device may reach the moment of a save only a step after save() has returned.
+bool Lane::is_due(OnDevice& on, bool spilled) const {
+  if (spilled) return driver.cuEventQuery(on.spilled) != cuda::kNotReady;
+  return on.has_begun = on.has_begun || driver.cuEventQuery(on.began) != cuda::kNotReady;
+}
+
+// What to copy next: live memory before what was spilled, which can wait; the oldest capture first. `later`: something
+// is left that is not due yet.
+std::optional<std::pair<std::shared_ptr<Capture>, std::uint32_t>> Lane::next(bool& later) {
   for (const bool spilled : {false, true}) {
     for (const std::shared_ptr<Capture>& capture : copier.captures_) {
       if (capture->failed()) continue;
@@ -192,9 +208,10 @@ std::optional<std::pair<std::shared_ptr<Capture>, std::uint32_t>> Lane::next() {
         std::uint32_t& cursor = spilled ? on.spilled_cursor : on.direct_cursor;
         for (; cursor < capture->placed; ++cursor) {
           const Piece& piece = capture->pieces[cursor];
-          if (piece.device == device && piece.spilled == spilled && piece.state == State::kPending) {
-            return std::pair(capture, cursor);
-          }
+          if (piece.device != device || piece.spilled != spilled || piece.state != State::kPending) continue;
+          if (is_due(on, spilled)) return std::pair(capture, cursor);
+          later = true;
+          break;
         }
       }
     }
@@ -291,7 +308,7 @@ void Lane::work() {
       retire();
       waiting = advance_finished() || !flights.empty();
       if (flights.size() < kDepth) {
-        if (auto found = next()) {
+        if (auto found = next(waiting)) {
           working = found->first;
           waiting = true;
           OnDevice& on = *std::find_if(working->devices.begin(), working->devices.end(),

@@ -34,7 +34,8 @@ struct Lane {
   void retire();
   void finish(Capture& capture, OnDevice& on);
   bool advance_finished();
-  std::optional<std::pair<std::shared_ptr<Capture>, std::uint32_t>> next();
+  bool is_due(OnDevice& on, bool spilled) const;
+  std::optional<std::pair<std::shared_ptr<Capture>, std::uint32_t>> next(bool& later);
   double pause(const Capture& capture, const OnDevice& on, const Piece& piece) const;
 
   void more_spill(std::unique_lock<std::mutex>& lock);

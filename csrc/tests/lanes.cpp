@@ -221,6 +221,26 @@ TEST(what_is_spilled_may_change_before_a_byte_has_left_the_device) {
   one.close();
 }
 
+TEST(a_capture_goes_on_while_the_device_is_far_from_a_later_save) {
+  for (const std::size_t spill_bytes : {std::size_t{0}, std::size_t{4} << 20}) {
+    One one(spill_bytes == 0 ? 0 : kVolatile, spill_bytes);
+    std::promise<void> reached;
+    fake_cuda::hold_copies();
+    const auto earlier = one.take();
+    CHECK_EQUAL(earlier->pieces[0].spilled, spill_bytes > 0);
+    fake_cuda::wait_in(one.devices.streams[0].second, reached.get_future().share());
+    const auto later = one.take();
+    fake_cuda::let_copies();
+    CHECK_EQUAL(consume(*one.copier, *earlier, std::byte{1}), "");
+    CHECK(one.copier->release(*earlier, soon()));
+    CHECK(!one.copier->wait(*later, Clock::now() + 20ms));
+    reached.set_value();
+    CHECK_EQUAL(consume(*one.copier, *later, std::byte{1}), "");
+    CHECK(one.copier->release(*later, soon()));
+    one.close();
+  }
+}
+
 TEST(a_copy_that_is_refused_fails_its_capture_and_no_other) {
   for (const char* const call : {"cuMemcpyDtoHAsync", "cuStreamWaitEvent"}) {
     One one(0);
@@ -232,6 +252,7 @@ TEST(a_copy_that_is_refused_fails_its_capture_and_no_other) {
     fake_cuda::fail(call, 700);
     std::shared_ptr<Capture> capture;
     if (!refused([&] { capture = one.take(); })) {
+      CHECK(one.copier->fence(*capture, 0, one.devices.streams, soon(), true) == kDone);
       CHECK(one.copier->wait(*capture, soon()));
       CHECK(one.copier->failure(*capture).find("a fault of the test") != std::string::npos);
       CHECK(one.copier->release(*capture, soon()));

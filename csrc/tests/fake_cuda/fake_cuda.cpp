@@ -473,6 +473,10 @@ cuda::Stream make_stream() { return reinterpret_cast<cuda::Stream>(new Stream); 
 void destroy(cuda::Stream stream) { delete &of(stream); }
 void synchronize(cuda::Stream stream) { of(stream).mark()->wait(); }
 
+void wait_in(cuda::Stream stream, std::shared_future<void> event) {
+  of(stream).push([event = std::move(event)] { event.wait(); });
+}
+
 void fill(cuda::Stream stream, void* memory, int value, std::size_t bytes) {
   of(stream).push([=] {
     delay();

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <future>
 
 #include "core/driver.h"
 
@@ -47,5 +48,6 @@ cuda::Stream make_stream();
 void destroy(cuda::Stream stream);
 void synchronize(cuda::Stream stream);
 void fill(cuda::Stream stream, void* memory, int value, std::size_t bytes);
+void wait_in(cuda::Stream stream, std::shared_future<void> event);
 
 }  // namespace dscheck::fake_cuda
