@@ -122,7 +122,6 @@ std::shared_ptr<Capture> Copier::take(std::shared_ptr<const CaptureShape> shape,
     if (spec.device == kHost) ++capture->host_left;
   }
   const std::lock_guard lock(mutex_);
-  capture->checksums.resize(fixed.blocks);
   while (!fixed.pieces.empty() && workers_.size() < std::max<std::size_t>(1, settings_.threads)) {
     workers_.emplace_back(&Copier::work, this);
   }
@@ -523,6 +522,7 @@ void Copier::checksum(std::unique_lock<std::mutex>& lock) {
   Piece& piece = capture->pieces[index];
   const CaptureShape& shape = *capture->shape;
   ++capture->under_way;
+  if (capture->checksums.empty()) capture->checksums.resize(shape.blocks);  // 60 pages: not on the training thread
   lock.unlock();
   const std::span<const std::byte> bytes(region_.data() + piece.slot, piece.bytes);
   const std::size_t blocks = block_count(piece.bytes, shape.block_bytes);
